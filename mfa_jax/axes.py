@@ -1,0 +1,111 @@
+"""The letters, the logical axes, the mesh axes, and the strict table between them.
+
+Letters (einsum subscripts and shape annotations, upper case unless noted; a letter has one size):
+
+  B batch · T query positions · S cached positions · D model width · N query heads · K key heads · G = N/K ·
+  H head width on the query-key side · h value width · C latent width · Q query rank · R rope width ·
+  F feed-forward width · V vocabulary · L layers
+
+Parameters name their axes with the fields of `AxisRules`; a name that is not a field, or two names of one array on
+one mesh axis, is an error. The scanned layer axis is never sharded: XLA's partitioner computes wrong gradients for
+stacked weights whose layer axis it splits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """Mesh axes of each logical axis; the fields are the logical names."""
+
+    batch: tuple[str, ...] | str | None = ("data", "fsdp")
+    sequence: tuple[str, ...] | str | None = None
+    embed: tuple[str, ...] | str | None = "fsdp"
+    act_embed: tuple[str, ...] | str | None = None
+    heads: tuple[str, ...] | str | None = "tensor"
+    kv_heads: tuple[str, ...] | str | None = "tensor"
+    head_dim: tuple[str, ...] | str | None = None
+    latent: tuple[str, ...] | str | None = None
+    query_rank: tuple[str, ...] | str | None = None
+    ffn: tuple[str, ...] | str | None = "tensor"
+    vocab: tuple[str, ...] | str | None = "tensor"
+    layers: None = None
+
+    def spec(self, *names: str | None) -> PartitionSpec:
+        """The partition of an array whose axes have these logical names (None: not split).
+
+        Raises:
+          ValueError: an unknown name, or a mesh axis used twice.
+        """
+        known = {f.name for f in dataclasses.fields(self)}
+        used: list[str] = []
+        entries = []
+        for name in names:
+            if name is not None and name not in known:
+                raise ValueError(f"logical axis {name!r} is unknown; accepted: {', '.join(sorted(known))}")
+            entry = None if name is None else getattr(self, name)
+            for axis in (entry,) if isinstance(entry, str) else entry or ():
+                if axis in used:
+                    raise ValueError(f"axes {names}: mesh axis {axis!r} would be used twice")
+                used.append(axis)
+            entries.append(entry)
+        return PartitionSpec(*entries)
+
+
+RULES = AxisRules()
+
+
+def make_mesh(sizes: Sequence[int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices with the axes of `MESH_AXES`; one size may be -1 (the rest), None is `(-1, 1, 1, 1, 1)`.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    count = len(devices) if devices is not None else jax.device_count()
+    shape = list(sizes) if sizes is not None else [-1, 1, 1, 1, 1]
+    if -1 in shape:
+        rest = math.prod(s for s in shape if s != -1)
+        shape[shape.index(-1)] = max(count // rest, 1)
+    if math.prod(shape) != count:
+        wanted = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+        raise ValueError(f"mesh {wanted} needs {math.prod(shape)} devices, there are {count}; "
+                         f"the sizes must multiply to {count}")
+    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins the partition of an activation; does nothing where no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, RULES.spec(*names))
+
+
+def shardings(abstract: Any, mesh: Mesh) -> Any:
+    """The `NamedSharding` of each leaf of a tree of boxed (logically partitioned) abstract parameters.
+
+    Raises:
+      ValueError: a size does not divide over its mesh axes; the leaf, the size and the axes are named.
+    """
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else ()
+        shape = leaf.value.shape if isinstance(leaf, nn.LogicallyPartitioned) else leaf.shape
+        spec = RULES.spec(*names)
+        for size, name, entry in zip(shape, names, spec, strict=False):
+            parts = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+            if size % parts:
+                raise ValueError(f"{jax.tree_util.keystr(path)}: axis {name!r} of size {size} does not divide over "
+                                 f"mesh {entry}={parts}")
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
