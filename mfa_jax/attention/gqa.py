@@ -1,0 +1,65 @@
+"""Grouped-query attention (Ainslie et al., arXiv 2305.13245): MHA with `K = N`, MQA with `K = 1`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from mfa_jax.attention.core import attend
+from mfa_jax.attention.encoding import Encoding
+from mfa_jax.axes import constrain
+from mfa_jax.cache import KVCache, allocate
+from mfa_jax.config import GQAConfig, PositionConfig
+from mfa_jax.layers import weight
+
+
+def init_cache(config: GQAConfig, batch: int, capacity: int, dtype: Any) -> KVCache:
+    """An empty cache of one layer: `2 K H` elements a token."""
+    shape = (config.num_kv_heads, capacity, config.head_dim)
+    return allocate(KVCache, batch, shape, shape, dtype=dtype)
+
+
+class GQA(nn.Module):
+    """`y = sum_n softmax(q_n k_g^T / sqrt(H)) v_g W_O,n` with `q_n = x W_Q,n`, `k_g = x W_K,g`, `v_g = x W_V,g`.
+
+    Head `n` reads key head `g = n // G`, `G = N / K`. Parameters: `W_Q [D, N, H]`, `W_K` and `W_V [D, K, H]`,
+    `W_O [N, H, D]`. Every weight starts normal with variance 1 / fan-in, so that for inputs of unit variance scores
+    and outputs have a variance that does not depend on N, K or H; `out_scale` multiplies `W_O` besides.
+    """
+
+    config: GQAConfig
+    position: PositionConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    implementation: str = "auto"
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None, inv_freq: Float[Array, " W"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        D, N, K, H = x.shape[-1], self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kv_axis = "kv_heads" if K > 1 else None
+        W_Q = weight(self, "W_Q", (D, N, H), ("embed", "heads", "head_dim"), fan_in=D, **types)
+        W_K = weight(self, "W_K", (D, K, H), ("embed", kv_axis, "head_dim"), fan_in=D, **types)
+        W_V = weight(self, "W_V", (D, K, H), ("embed", kv_axis, "head_dim"), fan_in=D, **types)
+        W_O = weight(self, "W_O", (N, H, D), ("heads", "head_dim", "embed"), fan_in=N * H, scale=self.out_scale, **types)
+
+        encoding = Encoding(self.position, H, N, inv_freq)
+        q = encoding.rotate(jnp.einsum("BTD,DNH->BTNH", x, W_Q), positions, head_axis=2)
+        k = encoding.rotate(jnp.einsum("BTD,DKH->BKTH", x, W_K), positions, head_axis=1)
+        v = jnp.einsum("BTD,DKH->BKTH", x, W_V)
+        q = constrain(q, "batch", None, "heads", None)
+        offset = None
+        if cache is not None:
+            offset = cache.length
+            cache = cache.append(k, v)
+            k, v = cache.k, cache.v
+        o = attend(q, k, v, scale=H**-0.5, offset=offset, segments=segments, alibi_slopes=encoding.slopes,
+                   implementation=self.implementation)
+        return jnp.einsum("BTNH,NHD->BTD", o, W_O), cache

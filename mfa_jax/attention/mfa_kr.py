@@ -1,0 +1,74 @@
+"""MFA with key reuse (Hu et al., arXiv 2412.19255, section 3): the cache holds one key and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from mfa_jax.attention.core import attend
+from mfa_jax.attention.encoding import Encoding
+from mfa_jax.attention.mfa import factored_queries
+from mfa_jax.cache import KeyCache, allocate
+from mfa_jax.config import MFAKRConfig, PositionConfig
+from mfa_jax.layers import weight
+
+
+def init_cache(config: MFAKRConfig, batch: int, capacity: int, dtype: Any) -> KeyCache:
+    """An empty cache of one layer: `C` elements a token."""
+    return allocate(KeyCache, batch, (capacity, config.latent_dim), dtype=dtype)
+
+
+class MFAKR(nn.Module):
+    """MFA with `v = k + alpha * (N_kr k)`, `k = x S_k` before rope (`reuse="pre_rope"`) or after it (`"post_rope"`).
+
+    Names are the paper's: `S_q`, `Q`, `S_k`, `O` as in MFA, `alpha [C]` and `N_kr [C, C]`. Alpha starts at
+    `alpha_init` (zero: values start as the keys, and the gradient of `N_kr` is zero until alpha has moved); `N_kr`
+    starts normal with standard deviation `n_kr_init_scale / sqrt(C)`; the rest as in MFA.
+
+    With a cache no value is ever formed: attention averages the cached keys, `u = sum_j a_j k_j`, and since the value
+    is a linear map of the key, `o = u + alpha * (N_kr u)`.
+    """
+
+    config: MFAKRConfig
+    position: PositionConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    implementation: str = "auto"
+    out_scale: float = 1.0
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None,
+        cache: KeyCache | None = None, inv_freq: Float[Array, " W"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyCache | None]:
+        c = self.config
+        D, N, C = x.shape[-1], c.num_heads, c.latent_dim
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        S_k = weight(self, "S_k", (D, C), ("embed", "latent"), fan_in=D, **types)
+        N_kr = weight(self, "N_kr", (C, C), ("latent", None), fan_in=C, scale=c.n_kr_init_scale, **types)
+        alpha = self.param("alpha", nn.with_logical_partitioning(nn.initializers.constant(c.alpha_init), ("latent",)),
+                           (C,), self.param_dtype).astype(self.dtype)
+        O = weight(self, "O", (N, C, D), ("heads", "latent", "embed"), fan_in=N * C, scale=self.out_scale, **types)
+
+        def values(key: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+            return key + alpha * jnp.einsum("...C,cC->...c", key, N_kr)
+
+        encoding = Encoding(self.position, C, N, inv_freq)
+        q = encoding.rotate(factored_queries(self, c, x, types), positions, head_axis=2)
+        key = jnp.einsum("BTD,DC->BTC", x, S_k)
+        if c.reuse == "post_rope":
+            key = encoding.rotate(key, positions)
+        options = {"scale": C**-0.5, "alibi_slopes": encoding.slopes, "implementation": self.implementation}
+        if cache is None:
+            k = key if c.reuse == "post_rope" else encoding.rotate(key, positions)
+            o = attend(q, k, values(key), segments=segments, **options)
+        else:
+            offset = cache.length
+            cache = cache.append(key)
+            # Keys are cached before rope: each is turned to its row index as it is read.
+            k = cache.k if c.reuse == "post_rope" else encoding.rotate(cache.k, jnp.arange(cache.capacity))
+            o = values(attend(q, k, cache.k, offset=offset, segments=segments, **options))
+        return jnp.einsum("BTNC,NCD->BTD", o, O), cache

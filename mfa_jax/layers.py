@@ -1,0 +1,40 @@
+"""What attention variants and the model share: RMSNorm, and a weight with its initial scale and its axes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+
+def weight(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], *, fan_in: int,
+    scale: float = 1.0, dtype: Any, param_dtype: Any,
+) -> Array:
+    """Parameter `name` of `module`: normal with standard deviation `scale / sqrt(fan_in)`, cast to `dtype`.
+
+    With `fan_in` the number of elements that one output element sums over, an input of unit variance gives an output
+    of variance `scale ** 2`, whatever the widths are.
+    """
+    initializer = nn.with_logical_partitioning(nn.initializers.normal(scale / fan_in**0.5), axes)
+    return module.param(name, initializer, shape, param_dtype).astype(dtype)
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x ** 2) + eps) * scale`, the mean in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+
+    eps: float
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    axis: str = "act_embed"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],),
+                           self.param_dtype)
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(self.dtype) * scale.astype(self.dtype)

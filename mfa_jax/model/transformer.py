@@ -1,0 +1,168 @@
+"""The language model: `tokens -> embed -> L x (norm, attention, +; norm, ffn, +) -> norm -> logits`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from mfa_jax import attention
+from mfa_jax.axes import constrain
+from mfa_jax.cache import Cache
+from mfa_jax.config import ModelConfig
+from mfa_jax.layers import RMSNorm
+from mfa_jax.model.layers import SwiGLU
+from mfa_jax.positions import rope_frequencies
+
+_REMAT_POLICIES: dict[str, Any] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + ffn(norm(x))`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None,
+        cache: Cache | None, inv_freq: Float[Array, " W"] | None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        c = self.config
+        types = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        out_scale = (2 * c.num_layers) ** -0.5 if c.depth_scaled_init else 1.0
+        x = constrain(x, "batch", None, "act_embed")
+        with jax.named_scope(c.attention.variant):
+            mixer = attention.build(c.attention, c.position, implementation=c.attention_implementation,
+                                    out_scale=out_scale, name="attention", **types)
+            y, cache = mixer(RMSNorm(c.norm_eps, name="attention_norm", **types)(x), positions, segments, cache, inv_freq)
+            x = x + y
+        with jax.named_scope("ffn"):
+            ffn = SwiGLU(c.ffn_dim, out_scale=out_scale, name="ffn", **types)
+            x = x + ffn(RMSNorm(c.norm_eps, name="ffn_norm", **types)(x))
+        return x, cache
+
+
+class Transformer(nn.Module):
+    """The decoder-only model of a `ModelConfig`.
+
+    With `scan_layers` the blocks are one scanned block whose parameters and caches carry a leading layer axis: one
+    compilation of a block, whatever L is; training and checkpoints use this form. Without it the blocks stand one
+    after the other (`unstack_layers` makes their parameters) and the caches are a tuple: decoding uses that form,
+    since a scan copies every layer's cache in each step.
+
+    Parameters: `embed [V, D]` and, unless tied, `unembed [V, D]` (normal, standard deviation D ** -0.5, so that logits
+    of a normed state start with unit variance), `layers`, `final_norm`.
+    """
+
+    config: ModelConfig
+    scan_layers: bool = True
+
+    def setup(self) -> None:
+        c = self.config
+        table = nn.with_logical_partitioning(nn.initializers.normal(c.model_dim**-0.5), ("vocab", "embed"))
+        param_dtype = jnp.dtype(c.param_dtype)
+        self.embed = self.param("embed", table, (c.vocab_size, c.model_dim), param_dtype)
+        if not c.tie_embeddings:
+            self.unembed = self.param("unembed", table, (c.vocab_size, c.model_dim), param_dtype)
+        self.final_norm = RMSNorm(c.norm_eps, jnp.dtype(c.dtype), param_dtype)
+        if self.scan_layers:
+            block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[c.remat])
+            self.layers = nn.scan(
+                block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
+                in_axes=(nn.broadcast, nn.broadcast, 0, 0), out_axes=0, metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c)
+        else:
+            self.layers = [Block(c) for _ in range(c.num_layers)]
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None, cache: Any = None,
+    ) -> tuple[Float[Array, "B T V"], Any]:
+        """Float32 logits of the token after each position, and the cache with these tokens in it (None without one)."""
+        x, cache = self.hidden(tokens, positions, segments, cache)
+        return self.logits(x), cache
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None, cache: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The normed state that logits are read from.
+
+        Args:
+          tokens: ids, 0 .. V - 1.
+          positions: of each token; None for 0 .. T - 1, or with a cache for what follows each row's tokens.
+          segments: documents packed in a row, from 1; 0 is padding. None for one document.
+          cache: as `init_cache` made it, for the same `scan_layers`; None in training.
+        """
+        c = self.config
+        if positions is None:
+            start = 0 if cache is None else cache_length(cache)[:, None]
+            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+        # Gathering from a table that is split in both axes makes the partitioner rematerialise it; gathering from the
+        # whole table does not.
+        x = jnp.take(constrain(self.embed, None, None), tokens, axis=0).astype(c.dtype)
+        inv_freq = layer_frequencies(c)
+        if self.scan_layers:
+            x, cache = self.layers(x, positions, segments, cache, inv_freq)
+        else:
+            caches = []
+            for i, block in enumerate(self.layers):
+                x, layer_cache = block(x, positions, segments, None if cache is None else cache[i],
+                                       None if inv_freq is None else inv_freq[i])
+                caches.append(layer_cache)
+            cache = None if cache is None else tuple(caches)
+        return self.final_norm(constrain(x, "batch", None, "act_embed")), cache
+
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 logits of normed states."""
+        table = self.embed if self.config.tie_embeddings else self.unembed
+        return jnp.einsum("...D,VD->...V", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def layer_frequencies(config: ModelConfig) -> Float[Array, "L W"] | None:
+    """Rope frequencies of each layer: the config's own table, or the same for all; None without rope."""
+    if config.position.kind != "rope":
+        return None
+    if config.inv_freq is not None:
+        return jnp.asarray(config.inv_freq, jnp.float32)
+    row = rope_frequencies(config.attention.rotated_dim, config.position.base, config.position.scaling)
+    return jnp.broadcast_to(jnp.asarray(row), (config.num_layers, len(row)))
+
+
+def unembedding(params: Any, config: ModelConfig) -> Float[Array, "V D"]:
+    """The table that logits are read out with."""
+    return params["embed" if config.tie_embeddings else "unembed"]
+
+
+def unstack_layers(params: Any, num_layers: int) -> Any:
+    """Parameters of `scan_layers=True` as those of `scan_layers=False`."""
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    layers = {f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(num_layers)}  # noqa: B023
+    return {**rest, **layers}
+
+
+def init_cache(
+    config: ModelConfig, batch: int, capacity: int, dtype: Any = None, scan_layers: bool = True
+) -> Any:
+    """Empty caches of all layers: stacked on a leading axis for `scan_layers`, else a tuple.
+
+    Args:
+      dtype: of the cached arrays; None for the config's compute type.
+    """
+    def one() -> Cache:
+        return attention.init_cache(config.attention, batch, capacity, jnp.dtype(dtype or config.dtype))
+
+    if not scan_layers:
+        return tuple(one() for _ in range(config.num_layers))
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (config.num_layers, *leaf.shape)), one())
+
+
+def cache_length(cache: Any) -> Int[Array, " B"]:
+    """Tokens of each row of a model's caches, stacked or a tuple."""
+    return cache[0].length if isinstance(cache, tuple) else cache.length[0]
