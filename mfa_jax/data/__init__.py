@@ -1,0 +1,11 @@
+"""From text to batches: sources, tokenizers, token shards, the grain pipeline."""
+
+from mfa_jax.data.pipeline import Batch, Batches, eval_batches, make_loader
+from mfa_jax.data.prepare import Prepared, SplitSize, open_prepared, prepare
+from mfa_jax.data.sources import Document, documents
+from mfa_jax.data.tokenizers import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer
+
+__all__ = [
+    "Batch", "Batches", "ByteTokenizer", "Document", "Prepared", "SplitSize", "StreamDecoder", "Tokenizer",
+    "documents", "eval_batches", "load_tokenizer", "make_loader", "open_prepared", "prepare",
+]

@@ -1,0 +1,56 @@
+# make quickstart · make test · make test-fast · make lint · make types · make clean
+#
+# Each target sets up what it needs: a virtual environment at $(VENV) with the exact versions of constraints.txt.
+# Another interpreter: make PYTHON=python3.13 VENV=.venv-newer test-fast. More test processes: make WORKERS=8 test.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+WORKDIR ?= runs/quickstart
+
+BIN = $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+INPUTS = pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-fast lint types clean
+
+help:
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+
+quickstart: $(VENV)/.base
+	$(BIN)/python -m experiments.quickstart --workdir $(WORKDIR)
+
+test: $(VENV)/.test
+	$(PYTEST)
+
+test-fast: $(VENV)/.test
+	$(PYTEST) -m "not slow"
+
+lint: $(VENV)/.test
+	$(BIN)/python -m ruff check .
+
+types: $(VENV)/.test
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf .venv .venv-newer .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find mfa_jax experiments tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are written last, so an interrupted installation is done again.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: PYTHON=$(PYTHON) must be Python 3.11 or newer; it is: $$($(PYTHON) --version 2>&1 | head -n 1)." \
+	       "Name another one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.base: $(VENV)/.python $(INPUTS)
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.python $(INPUTS)
+	$(PIP_INSTALL) -e ".[test]"
+	@touch $@ $(VENV)/.base

@@ -1,0 +1,97 @@
+"""Decode from the checkpoint of a run, through the cache.
+
+    python -m experiments.decode --workdir runs/tiny --prompt "def " --max-new-tokens 64 --temperature 0
+
+Several prompts are decoded as one batch. With one prompt the text is written as it comes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+from experiments.cli import parse, run
+from mfa_jax.config import require
+from mfa_jax.generate import SamplingConfig, complete, stream_text
+from mfa_jax.train.run import Trained, load_trained
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """What to decode, and how tokens are chosen."""
+
+    workdir: str
+    """Folder of the run."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Text to continue; may be given several times. None given: lines are read from the terminal, one after the other."""
+    max_new_tokens: int = 256
+    """At most so many tokens a prompt."""
+    temperature: float = 1.0
+    """0 takes the most probable token."""
+    top_k: int | None = None
+    """Only the k most probable tokens; none for all."""
+    top_p: float = 1.0
+    """Only the most probable tokens that together have this probability; in (0, 1]."""
+    min_p: float = 0.0
+    """Only tokens with at least this share of the most probable one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that were seen before are less probable."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    stop_at_end: bool = True
+    """Stop where the model ends a document."""
+    capacity: int | None = None
+    """Tokens that the cache holds; none for what is needed."""
+    cache_dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the cached arrays; none for the model's."""
+    step: int | None = None
+    """Checkpoint to read; none for the newest intact one."""
+    ema: bool = False
+    """Read the moving average of the weights."""
+
+    def sampling(self, vocab_limit: int) -> SamplingConfig:
+        return SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty,
+                              vocab_limit=vocab_limit)
+
+
+def _decode(config: DecodeConfig, trained: Trained, prompts: tuple[str, ...]) -> None:
+    options = {
+        "max_new_tokens": config.max_new_tokens, "capacity": config.capacity, "cache_dtype": config.cache_dtype,
+        "stop_at_end": config.stop_at_end,
+    }
+    sampling, key = config.sampling(trained.tokenizer.vocab_size), jax.random.key(config.seed)
+    arguments = (trained.model, trained.params, trained.tokenizer)
+    if len(prompts) > 1:
+        for prompt, text in zip(prompts, complete(*arguments, prompts, sampling, key, **options), strict=True):
+            print(f"{prompt}{text}\n{'-' * 20}")
+        return
+    sys.stdout.write(prompts[0])
+    for piece in stream_text(*arguments, prompts[0], sampling, key, **options):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+
+
+def main() -> None:
+    config = parse(DecodeConfig)
+    require(config.max_new_tokens >= 1, "max_new_tokens", config.max_new_tokens, "must be at least 1")
+    config.sampling(1)  # refuses what cannot work before anything is loaded
+    trained = load_trained(config.workdir, step=config.step, ema=config.ema)
+    for step, reason in trained.skipped.items():
+        print(f"step {step} is skipped: {reason}", file=sys.stderr)
+    print(f"step {trained.step} of {config.workdir}: {trained.config.model.attention.variant}, "
+          f"{jax.devices()[0].platform}", file=sys.stderr)
+    if config.prompt:
+        _decode(config, trained, config.prompt)
+        return
+    for line in sys.stdin:
+        if line.strip("\n"):
+            _decode(config, trained, (line.strip("\n"),))
+
+
+if __name__ == "__main__":
+    run(main)

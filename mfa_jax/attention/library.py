@@ -1,0 +1,84 @@
+"""Attention kernels that libraries keep, each behind one function; what they can't serve is refused in `core`."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def splash_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T h"], *, scale: float,
+    segments: Int[Array, "B T"] | None = None, interpret: bool = False,
+) -> Float[Array, "B T N h"]:
+    """Causal self-attention by JAX's Pallas TPU kernel; T is a multiple of 128, key and value widths may differ.
+
+    The kernel for one key head is mapped over the key heads, so that K = 1, 1 < K < N and K = N are one path. It
+    applies no scale: the queries are scaled before, in their own type. `interpret` runs it without a TPU, for tests.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    B, T, N, H = q.shape
+    K, h = k.shape[1], v.shape[-1]
+    block_q = _block(T, 512)
+    block_kv, block_kv_compute = _block(T, 1024), _block(T, 512)
+    kernel = splash.make_splash_mqa_single_device(
+        splash.MultiHeadMask([splash.CausalMask((T, T))] * (N // K)),
+        block_sizes=splash.BlockSizes(
+            block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv_compute, block_q_dkv=block_q,
+            block_kv_dkv=block_kv, block_kv_dkv_compute=block_kv_compute, block_q_dq=block_q, block_kv_dq=block_kv,
+        ),
+        interpret=interpret,
+    )
+    ids = None if segments is None else splash.SegmentIds(q=segments, kv=segments)
+    over_key_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    grouped = (q * scale).astype(q.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    out = jax.vmap(over_key_heads, in_axes=(0, 0, 0, None if ids is None else 0))(grouped, k, v, ids)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, h)
+
+
+def _block(length: int, largest: int) -> int:
+    """The largest of `largest`, half of it, ..., 128 that divides the length: the kernel takes whole blocks only."""
+    while length % largest:
+        largest //= 2
+    return largest
+
+
+def cudnn_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T h"], *, scale: float
+) -> Float[Array, "B T N h"]:
+    """Causal self-attention by cuDNN's fused kernel, through `jax.nn.dot_product_attention`.
+
+    It wants keys and values of one width: narrower values are padded with zeros and the result is cut back.
+    """
+    h = v.shape[-1]
+    wide = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - h)))
+    out = jax.nn.dot_product_attention(
+        q, k.swapaxes(1, 2), wide.swapaxes(1, 2), scale=scale, is_causal=True, implementation="cudnn"
+    )
+    return out[..., :h]
+
+
+def tokamax_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T h"], *, scale: float
+) -> Float[Array, "B T N h"]:
+    """Causal self-attention by tokamax, which picks a kernel for the device (and where it has none, plain XLA).
+
+    Follows its documented interface; no test runs it, since tokamax is not among the pinned dependencies.
+
+    Raises:
+      NotImplementedError: tokamax is not installed.
+    """
+    try:
+        import tokamax
+    except ModuleNotFoundError as error:
+        if error.name != "tokamax":
+            raise
+        raise NotImplementedError(
+            "implementation='tokamax': the package is not installed; `pip install 'mfa_jax[tokamax]'` brings it on "
+            "Python 3.12 or newer; use one of auto, dense, blockwise"
+        ) from error
+    out: Float[Array, "B T N h"] = tokamax.dot_product_attention(
+        q, k.swapaxes(1, 2), v.swapaxes(1, 2), scale=scale, is_causal=True
+    )
+    return out

@@ -1,0 +1,211 @@
+"""Text to token ids and back: bytes, any `tokenizer.json`, or a sentencepiece table in a `.bin` file.
+
+`load_tokenizer` takes what `DataConfig.tokenizer` says, or a folder that `save` wrote: a run keeps its tokenizer with
+it and is read without the file it came from. `encode` never yields a special token, whatever the text spells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int32
+
+from mfa_jax.config import require
+from mfa_jax.data.sentencepiece import SentencePieceTokenizer
+from mfa_jax.data.tokenizer_files import SAVED, checked_ids, read_bytes, read_json, save_files
+
+END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>", "[SEP]")
+BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]")
+
+
+class Tokenizer(Protocol):
+    """What the library asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are 0 .. vocab_size - 1."""
+
+    @property
+    def eos_id(self) -> int:
+        """The end of a document."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The beginning of a document, None where the tokenizer has none."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal fingerprints, equal ids for every text."""
+
+    def encode(self, text: str) -> Int32[np.ndarray, " T"]:
+        """The ids of a text, without special tokens."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+
+    def save(self, folder: str | Path) -> None:
+        """Writes all that `load_tokenizer(folder)` needs to make the same tokenizer."""
+
+
+class ByteTokenizer:
+    """The bytes of UTF-8: ids 0..255 are bytes, 256 ends a document, 257 begins one, 258..263 are kept free."""
+
+    vocab_size = 264
+    eos_id = 256
+    bos_id = 257
+    fingerprint = "bytes-1"
+
+    def encode(self, text: str) -> Int32[np.ndarray, " T"]:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in checked_ids(ids, self.vocab_size) if i < 256).decode("utf-8", errors="replace")
+
+    def save(self, folder: str | Path) -> None:
+        save_files(folder, "bytes", self.fingerprint, {})
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, read by the `tokenizers` package.
+
+    Truncation and padding that the file may ask for are turned off: a document is encoded whole.
+    """
+
+    FILE = "tokenizer.json"
+
+    def __init__(self, content: bytes, where: str, eos_token: str | None = None, bos_token: str | None = None) -> None:
+        """Args: the bytes of the file, its name for messages, and the special tokens (None: found by their names).
+
+        Raises:
+          ValueError: not a tokenizer, or no end-of-document token in its vocabulary.
+        """
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except ValueError as error:
+            raise ValueError(f"tokenizer={where!r}: is not a tokenizer.json ({error})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self._content = content
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._eos_token = _special(vocabulary, eos_token, END_TOKENS, "eos_token")
+        self._bos_token = _special(vocabulary, bos_token, BEGIN_TOKENS, "bos_token")
+        if self._eos_token is None:
+            raise ValueError(f"tokenizer={where!r}: has no end-of-document token; give eos_token, "
+                             f"or a tokenizer with one of {', '.join(END_TOKENS)}")
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        self.eos_id: int = vocabulary[self._eos_token]
+        self.bos_id: int | None = None if self._bos_token is None else vocabulary[self._bos_token]
+        self.fingerprint = hashlib.sha256(content + f"{self.eos_id}".encode()).hexdigest()
+
+    @classmethod
+    def from_file(cls, path: str | Path, eos_token: str | None = None,
+                  bos_token: str | None = None) -> HuggingFaceTokenizer:
+        """Reads a file; special tokens not given come from `tokenizer_config.json` beside it, then from their names."""
+        path = Path(path)
+        beside = path.with_name("tokenizer_config.json")
+        named = read_json(beside) if beside.exists() else {}
+        return cls(read_bytes(path), str(path), eos_token or _token_text(named.get("eos_token")),
+                   bos_token or _token_text(named.get("bos_token")))
+
+    def encode(self, text: str) -> Int32[np.ndarray, " T"]:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(checked_ids(ids, self.vocab_size), skip_special_tokens=True)
+
+    def save(self, folder: str | Path) -> None:
+        save_files(folder, "huggingface", self.fingerprint, {self.FILE: self._content},
+              eos_token=self._eos_token, bos_token=self._bos_token)
+
+
+class StreamDecoder:
+    """Text as it comes, token by token: what is yielded is never taken back.
+
+    Text that ends in U+FFFD may be half of a character, so it is held until the next tokens complete it. All that
+    `feed` and `flush` yield is together what `decode` makes of the tokens, after the text of `context`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        """Args: the tokenizer, and the ids that came before (a prompt), which end between two characters."""
+        self._tokenizer = tokenizer
+        self._shown = list(context)
+        self._held: list[int] = []
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes, "" while a character is incomplete."""
+        self._held.append(int(token))
+        text = self._new_text()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        # Only the last shown tokens matter from here on: whether a space leads, which character was open.
+        self._shown, self._held = self._held, []
+        return text
+
+    def flush(self) -> str:
+        """What is still held, incomplete characters as U+FFFD."""
+        text = self._new_text()
+        self._shown, self._held = self._shown + self._held, []
+        return text
+
+    def _new_text(self) -> str:
+        return self._tokenizer.decode(self._shown + self._held)[len(self._tokenizer.decode(self._shown)):]
+
+
+def load_tokenizer(spec: str | Path, eos_token: str | None = None) -> Tokenizer:
+    """The tokenizer that a config names.
+
+    Args:
+      spec: `bytes`; a `tokenizer.json` or a folder that holds one; a sentencepiece table (`.bin`); or a folder that
+        `save` wrote.
+      eos_token: the end-of-document token of a `tokenizer.json`, where it cannot be found by itself.
+
+    Raises:
+      ValueError: no such file, a file of another kind, or a saved tokenizer that was changed since.
+    """
+    if str(spec) == "bytes":
+        return ByteTokenizer()
+    path = Path(spec).expanduser()
+    require(path.exists(), "tokenizer", str(spec), "no such file; accepted: bytes, a tokenizer.json, or its folder")
+    if path.is_file():
+        return (SentencePieceTokenizer(read_bytes(path), str(path)) if path.suffix == ".bin"
+                else HuggingFaceTokenizer.from_file(path, eos_token))
+    if not (path / SAVED).exists():
+        require((path / HuggingFaceTokenizer.FILE).exists(), "tokenizer", str(spec),
+                f"a folder must hold {HuggingFaceTokenizer.FILE} or {SAVED}")
+        return HuggingFaceTokenizer.from_file(path / HuggingFaceTokenizer.FILE, eos_token)
+    return _load_saved(path)
+
+
+def _load_saved(folder: Path) -> Tokenizer:
+    saved = read_json(folder / SAVED)
+    tokenizer: Tokenizer
+    if saved.get("kind") == "bytes":
+        tokenizer = ByteTokenizer()
+    elif saved.get("kind") == "sentencepiece":
+        path = folder / SentencePieceTokenizer.FILE
+        tokenizer = SentencePieceTokenizer(read_bytes(path), str(path))
+    elif saved.get("kind") == "huggingface":
+        path = folder / HuggingFaceTokenizer.FILE
+        tokenizer = HuggingFaceTokenizer(read_bytes(path), str(path), saved.get("eos_token"), saved.get("bos_token"))
+    else:
+        raise ValueError(f"tokenizer={str(folder)!r}: kind={saved.get('kind')!r} in {SAVED}: "
+                         f"must be one of bytes, huggingface, sentencepiece")
+    require(tokenizer.fingerprint == saved.get("fingerprint"), "tokenizer", str(folder),
+            "was changed since it was saved; its fingerprint differs")
+    return tokenizer
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token of `tokenizer_config.json`: its text, or an object with it."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _special(vocabulary: dict[str, int], given: str | None, names: tuple[str, ...], field: str) -> str | None:
+    require(given is None or given in vocabulary, field, given, "must be a token of the vocabulary")
+    return given if given is not None else next((name for name in names if name in vocabulary), None)

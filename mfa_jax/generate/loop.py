@@ -1,0 +1,213 @@
+"""Decoding as one jit-compiled call: prefill, then a loop on the device.
+
+Prompts of a batch may have different lengths: they are padded on the right to one bucket, prefilled at once, and each
+row's cache is cut back to its own length; what the padding left there is overwritten before it is ever seen. Sizes
+are rounded up to buckets, so that a conversation compiles once per bucket and not once per turn.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mfa_jax.config import require
+from mfa_jax.generate.sampling import SamplingConfig, sample
+from mfa_jax.model.transformer import Transformer, init_cache, unstack_layers
+
+SMALLEST_BUCKET = 32
+
+
+class Generated(NamedTuple):
+    """What was generated for each row; row b's tokens are `tokens[b, :lengths[b]]`, a stop token counted in."""
+
+    tokens: Int[Array, "B M"]
+    """Ids; past a row's length, -1."""
+    lengths: Int[Array, " B"]
+    """How many tokens the row got."""
+    logprobs: Float[Array, "B M"]
+    """Log-probability of each token under the model, before temperature and filters; past a row's length, 0."""
+    stopped: Bool[Array, " B"]
+    """Whether the row ended with a stop token (else it ran to `max_new_tokens`)."""
+
+
+class _State(NamedTuple):
+    caches: Any
+    generated: Generated
+    last: Int[Array, " B"]
+    step: Int[Array, ""]
+    seen: Any
+    keys: Key[Array, " B"]
+    stops: Int[Array, "B Z"]
+
+
+def bucket(size: int) -> int:
+    """The size rounded up to the next of 32, 48, 64, 96, 128, ...: at most half more than was asked for."""
+    power = SMALLEST_BUCKET
+    while power < size:
+        if size <= power * 3 // 2:
+            return power * 3 // 2
+        power *= 2
+    return power
+
+
+def generate(
+    model: Transformer, params: Any, prompts: Any, lengths: Any, sampling: SamplingConfig, key: Key[Array, ""], *,
+    max_new_tokens: int, stop_tokens: Any = (), capacity: int | None = None, cache_dtype: str | None = None,
+) -> Generated:
+    """Continues every row of `prompts`, in one compiled call.
+
+    The same arguments give the same tokens. Row b draws from `fold_in(key, b)`; what a row gets does not depend on the
+    other rows.
+
+    Args:
+      model: the model that `params` belong to (layers stacked, as training keeps them).
+      prompts: token ids `[B, T]`, padded on the right with anything.
+      lengths: tokens of each row's prompt, `[B]`, 1 .. T.
+      sampling: how tokens are chosen.
+      key: a PRNG key.
+      max_new_tokens: at most so many tokens a row.
+      stop_tokens: ids that end a row: one list for all rows, or a `[B, Z]` array with a list for each row, filled up
+        with -1.
+      capacity: tokens that a row of the cache can hold; None for what this call needs, rounded up to a bucket.
+      cache_dtype: of the cached arrays; None for the model's compute type.
+
+    Raises:
+      ValueError: a prompt longer than the cache, `max_new_tokens` past the cache, an id outside the vocabulary, an
+        empty prompt.
+    """
+    prepared = _prepare(model, prompts, lengths, max_new_tokens, stop_tokens, capacity)
+    state = _generate(model, params, *prepared[:3], key, jnp.int32(max_new_tokens), sampling=sampling,
+                      buffer=prepared[3], capacity=prepared[4], cache_dtype=cache_dtype)
+    return jax.tree.map(lambda x: x[:, :max_new_tokens] if x.ndim == 2 else x, state)
+
+
+def stream(
+    model: Transformer, params: Any, prompts: Any, lengths: Any, sampling: SamplingConfig, key: Key[Array, ""], *,
+    max_new_tokens: int, stop_tokens: Any = (), capacity: int | None = None, cache_dtype: str | None = None,
+    chunk: int = 4,
+) -> Iterator[Generated]:
+    """As `generate`, handing out what is there after every `chunk` tokens; the last one equals `generate`'s result."""
+    require(chunk >= 1, "chunk", chunk, "must be at least 1")
+    prepared = _prepare(model, prompts, lengths, max_new_tokens, stop_tokens, capacity)
+    state = _prefill(model, params, *prepared[:3], key, sampling=sampling, buffer=prepared[3], capacity=prepared[4],
+                     cache_dtype=cache_dtype)
+    limit = 1
+    while True:
+        yield jax.tree.map(lambda x: np.asarray(x[:, :max_new_tokens] if x.ndim == 2 else x), state.generated)
+        done = np.asarray(state.generated.stopped).all()
+        if done or limit >= max_new_tokens:
+            return
+        limit = min(limit + chunk, max_new_tokens)
+        state = _decode(model, params, state, jnp.int32(limit), sampling=sampling)
+
+
+def _prepare(
+    model: Transformer, prompts: Any, lengths: Any, max_new_tokens: int, stop_tokens: Any, capacity: int | None
+) -> tuple[Array, Array, Array, int, int]:
+    """Checked and padded arguments: prompts, lengths, stop tokens, size of the output, capacity of the cache."""
+    prompts, lengths = np.asarray(prompts, np.int32), np.asarray(lengths, np.int32)
+    require(prompts.ndim == 2 and prompts.size > 0, "prompts", prompts.shape, "must be token ids of shape [B, T]")
+    require(lengths.shape == (len(prompts),), "lengths", lengths.shape, f"must have shape ({len(prompts)},)")
+    require(bool(lengths.min() >= 1) and bool(lengths.max() <= prompts.shape[1]), "lengths", lengths.tolist(),
+            f"must be in 1 .. {prompts.shape[1]}: a prompt has at least one token")
+    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be at least 1")
+    vocab = model.config.vocab_size
+    real = np.arange(prompts.shape[1]) < lengths[:, None]
+    wrong = prompts[real & ((prompts < 0) | (prompts >= vocab))]
+    require(wrong.size == 0, "prompts", wrong[:5].tolist(), f"token ids must be in 0 .. {vocab - 1}")
+    longest = int(lengths.max())
+    if capacity is not None:
+        require(longest <= capacity, "prompts", longest, f"a prompt is longer than the cache, capacity={capacity} tokens")
+        require(longest + max_new_tokens <= capacity, "max_new_tokens", max_new_tokens,
+                f"must be at most {capacity - longest}: the prompt's {longest} tokens and the new ones share a cache of "
+                f"capacity={capacity}")
+    width = bucket(longest)
+    if capacity is None:
+        capacity = max(bucket(longest + max_new_tokens), width)
+    width = min(width, capacity)
+    padded = np.zeros((len(prompts), width), np.int32)
+    kept = min(width, prompts.shape[1])
+    padded[:, :kept] = np.where(real, prompts, 0)[:, :kept]
+    stops = np.asarray(stop_tokens, np.int32)
+    if stops.ndim < 2:
+        stops = np.broadcast_to(stops.reshape(1, -1), (len(prompts), stops.size))
+    require(stops.shape[0] == len(prompts), "stop_tokens", stops.shape, f"must have {len(prompts)} rows")
+    return jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(stops), bucket(max_new_tokens), capacity
+
+
+_STATIC = ("model", "sampling", "buffer", "capacity", "cache_dtype")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _generate(
+    model: Transformer, params: Any, prompts: Array, lengths: Array, stops: Array, key: Array, limit: Array, *,
+    sampling: SamplingConfig, buffer: int, capacity: int, cache_dtype: str | None,
+) -> Generated:
+    state = _prefill(model, params, prompts, lengths, stops, key, sampling=sampling, buffer=buffer, capacity=capacity,
+                     cache_dtype=cache_dtype)
+    return _decode(model, params, state, limit, sampling=sampling).generated
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _prefill(
+    model: Transformer, params: Any, prompts: Array, lengths: Array, stops: Array, key: Array, *,
+    sampling: SamplingConfig, buffer: int, capacity: int, cache_dtype: str | None,
+) -> _State:
+    """Reads the prompts into fresh caches and chooses the first token of each row."""
+    B, T = prompts.shape
+    caches = init_cache(model.config, B, capacity, cache_dtype, scan_layers=False)
+    unrolled = Transformer(model.config, scan_layers=False)
+    variables = {"params": unstack_layers(params, model.config.num_layers)}
+    hidden, caches = unrolled.apply(variables, prompts, cache=caches, method="hidden")
+    caches = tuple(cache.with_length(lengths) for cache in caches)
+    last_hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    seen = None
+    if sampling.repetition_penalty != 1:
+        real = jnp.arange(T) < lengths[:, None]
+        seen = jnp.zeros((B, model.config.vocab_size), bool).at[jnp.arange(B)[:, None], prompts].max(real)
+    empty = Generated(jnp.full((B, buffer), -1, jnp.int32), jnp.zeros((B,), jnp.int32), jnp.zeros((B, buffer)),
+                      jnp.zeros((B,), bool))
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
+    state = _State(caches, empty, jnp.zeros((B,), jnp.int32), jnp.int32(0), seen, keys, stops)
+    return _choose(state, unrolled.apply(variables, last_hidden, method="logits"), sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames=("state",))
+def _decode(model: Transformer, params: Any, state: _State, limit: Array, *, sampling: SamplingConfig) -> _State:
+    """Goes on until every row has stopped or `limit` tokens are chosen."""
+    unrolled = Transformer(model.config, scan_layers=False)
+    # Outside the loop: slicing the stacked weights in it would copy them for every token.
+    variables = {"params": unstack_layers(params, model.config.num_layers)}
+
+    def body(state: _State) -> _State:
+        hidden, caches = unrolled.apply(variables, state.last[:, None], cache=state.caches, method="hidden")
+        logits = unrolled.apply(variables, hidden[:, 0], method="logits")
+        return _choose(state._replace(caches=caches), logits, sampling)
+
+    def unfinished(state: _State) -> Bool[Array, ""]:
+        return (state.step < limit) & ~jnp.all(state.generated.stopped)
+
+    return jax.lax.while_loop(unfinished, body, state)
+
+
+def _choose(state: _State, logits: Float[Array, "B V"], sampling: SamplingConfig) -> _State:
+    """Chooses the next token of each row that has not stopped, and notes it."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.step)
+    tokens, logprobs = sample(logits, keys, sampling, state.seen)
+    g, running = state.generated, ~state.generated.stopped
+    seen = state.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(tokens)), tokens].max(running)
+    generated = Generated(
+        tokens=g.tokens.at[:, state.step].set(jnp.where(running, tokens, -1)),
+        lengths=g.lengths + running,
+        logprobs=g.logprobs.at[:, state.step].set(jnp.where(running, logprobs, 0.0)),
+        stopped=g.stopped | jnp.any(tokens[:, None] == state.stops, axis=1),
+    )
+    return state._replace(generated=generated, last=tokens, step=state.step + 1, seen=seen)

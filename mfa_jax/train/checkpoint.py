@@ -1,0 +1,299 @@
+"""Checkpoints that survive a crash, a full disk, a flipped bit and a change of mesh.
+
+One folder `<folder>/<step>/` per checkpoint: an orbax item per tree (`params`, `optimizer`, ...) and one JSON item
+with the caller's meta data, the shape, dtype and checksum of every leaf, and a checksum of itself. Orbax writes
+asynchronously and renames a finished checkpoint into place, but it neither notices a flipped bit nor falls back to
+an older checkpoint; this module does both. Nothing else of the library knows orbax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mfa_jax.config import require
+from mfa_jax.train import integrity
+from mfa_jax.train.integrity import META, DamagedCheckpointError
+
+log = logging.getLogger(__name__)
+
+_UNFINISHED = re.compile(r"(\d+)\.orbax-checkpoint-tmp")
+_OS_ERROR_CODE = re.compile(r"os_error_code='(\d+)'")
+_T = TypeVar("_T")
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint was not written; `errno` says why (disk full, read-only, ...). The earlier ones are intact."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """One checkpoint, read and verified."""
+
+    step: int
+    items: dict[str, Any]
+    meta: dict[str, Any]
+    skipped: dict[int, str]
+    """Newer checkpoints that could not be used, each with its reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keep:
+    """Preservation policy of orbax: the `last` newest steps and the one with the lowest metric.
+
+    Orbax's own `BestN` keeps every checkpoint without a metric for ever, and its `best_fn` drops the newest steps in
+    favour of the best.
+    """
+
+    last: int
+    metrics: dict[int, float]
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        steps = sorted(info.step for info in checkpoints)
+        scored = [(self.metrics[step], step) for step in steps if step in self.metrics]
+        keep = {*steps[-self.last:], *(step for _, step in sorted(scored)[:1])}
+        return [info.step in keep for info in checkpoints]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder; the only writer of it unless `read_only`.
+
+    With several processes every method is called by all of them, on a folder that they share.
+
+    Raises:
+      ValueError: `keep_last` below 1.
+      CheckpointWriteError: the folder cannot be created or written to.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep_last: int = 3, read_only: bool = False) -> None:
+        require(keep_last >= 1, "keep_last", keep_last, "must be at least 1")
+        name = os.fspath(folder)
+        self.folder = epath.Path(name if "://" in name else os.path.abspath(name))
+        self.read_only = read_only
+        self._metrics: dict[int, float] = {}
+        self._saving = -1
+        if not read_only:
+            self._require_writable()
+        # Directories made asynchronously: a read-only folder would block the process for five minutes at exit.
+        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
+            create=not read_only, preservation_policy=_Keep(keep_last, self._metrics),
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
+        for step in [] if read_only else self.steps():
+            with contextlib.suppress(DamagedCheckpointError):  # told by whoever reads it
+                self._note_metric(step, self._document(step)["metric"])
+
+    def _require_writable(self) -> None:
+        if jax.process_index():
+            return
+        probe = self.folder / f".write-test-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise CheckpointWriteError(error.errno, f"checkpoints cannot be written: {error.strerror}",
+                                       str(self.folder)) from error
+
+    def _note_metric(self, step: int, metric: float | None) -> None:
+        self._metrics.pop(step, None)
+        if metric is not None and math.isfinite(metric):
+            self._metrics[step] = metric
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints there are, ascending, the one being written included."""
+        if self.read_only:
+            self._manager.reload()
+        return sorted(self._manager.all_steps())
+
+    # ---- writing ----
+
+    def save(self, step: int, items: Mapping[str, Any], meta: Mapping[str, Any], *, metric: float | None = None,
+             wait: bool = False) -> None:
+        """Starts writing a checkpoint; the arrays may be donated or deleted as soon as this returns.
+
+        Args:
+          step: must exceed every saved step.
+          items: trees of jax arrays by name; each can be restored without the others.
+          meta: anything JSON can hold.
+          metric: of all checkpoints the one with the lowest is kept beside the latest; None or not finite never is.
+          wait: whether to return only once it is on disk.
+
+        Raises:
+          ValueError: a step that is not new, items that are not trees of arrays, meta that is not JSON.
+          CheckpointWriteError: this one, or the one before it, could not be written.
+        """
+        require(not self.read_only, "read_only", True, f"{self.folder} was opened for reading only")
+        self.wait()
+        latest = max(self.steps(), default=-1)
+        require(step > latest, "step", step, f"must exceed the latest step {latest} in {self.folder}")
+        integrity.require_trees(items, jax.Array, "items")
+        try:
+            plain = json.loads(json.dumps(meta))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"meta: must be JSON ({error})") from error
+        document = {"step": step, "metric": metric, "meta": plain,
+                    "leaves": {name: integrity.describe(tree) for name, tree in items.items()}}
+        args = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                                  **{META: ocp.args.JsonSave(integrity.sealed(document))})
+        self._saving = step
+        self._note_metric(step, metric)
+        with self._reporting():
+            if not self._manager.save(step, args=args, force=True):
+                raise RuntimeError(f"orbax did not save step {step}")
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns once everything saved so far is on disk.
+
+        Raises:
+          CheckpointWriteError: the last save failed.
+        """
+        with self._reporting():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Turns whatever a failed save raises into one kind of error that names the folder."""
+        try:
+            yield
+        except Exception as error:
+            self._manager.reload()  # it already counts the step that failed
+            code = error.errno if isinstance(error, OSError) else None
+            found = _OS_ERROR_CODE.search(str(error))
+            code = code or (int(found[1]) if found else errno.EIO)
+            reason = os.strerror(code) if code != errno.EIO else str(error)
+            raise CheckpointWriteError(code, f"checkpoint of step {self._saving} was not written: {reason}",
+                                       str(self.folder)) from error
+
+    def close(self) -> None:
+        """Waits for the last save and frees the threads.
+
+        Raises:
+          CheckpointWriteError: the last save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---- reading ----
+
+    def read_meta(self, step: int | None = None) -> tuple[int, dict[str, Any]] | None:
+        """The step and meta data of one checkpoint (the newest whose meta data is intact); None where there is none.
+
+        Raises:
+          ValueError: `step` is not there.
+          DamagedCheckpointError: no checkpoint's meta data can be read.
+        """
+        found = self._newest(lambda s: self._document(s)["meta"], step)
+        return None if found is None else found[:2]
+
+    def restore(self, abstract: Mapping[str, Any], step: int | None = None) -> Restored | None:
+        """Reads the newest checkpoint that is intact, or `step`; None where none was ever finished.
+
+        Args:
+          abstract: trees of `jax.ShapeDtypeStruct` with shardings, by item name; any mesh, any subset of the items.
+          step: this checkpoint and no other.
+
+        A newer checkpoint that is damaged or unfinished is logged, told in `skipped` and, unless `read_only`, moved to
+        the folder `<folder>-damaged` beside, so that its step can be saved again. Nothing is deleted.
+
+        Raises:
+          ValueError: `step` is not there; the checkpoint is of another architecture (leaves, found and expected).
+          DamagedCheckpointError: none is intact, or `step` is not; every reason is told.
+        """
+        integrity.require_trees(abstract, jax.ShapeDtypeStruct, "abstract")
+        found = self._newest(lambda s: self._load(s, abstract), step)
+        newer = {} if step is not None else {
+            s: path for s, path in self._unfinished().items() if found is None or s > found[0]}
+        damaged = {} if found is None else found[2]
+        skipped = {**damaged, **{s: "its save did not finish" for s in newer}}
+        for bad, reason in sorted(skipped.items()):
+            log.warning("%s: step %d is skipped: %s", self.folder, bad, reason)
+        if skipped and not self.read_only:
+            self._move_aside({s: self.folder / str(s) for s in damaged} | newer)
+        return None if found is None else Restored(found[0], *found[1], skipped)
+
+    def _newest(self, read: Callable[[int], _T], step: int | None) -> tuple[int, _T, dict[int, str]] | None:
+        """The newest step that `read` can read, what it read, and why each newer one could not be read."""
+        self.wait()
+        self._manager.reload()
+        steps = self.steps()
+        if step is not None:
+            require(step in steps, "step", step, f"is not in {self.folder}; there are {steps or 'none'}")
+        damaged: dict[int, str] = {}
+        for candidate in reversed(steps) if step is None else [step]:
+            try:
+                return candidate, read(candidate), damaged
+            except DamagedCheckpointError as error:
+                damaged[candidate] = str(error)
+        if not damaged:
+            return None
+        reasons = "; ".join(f"step {s}: {reason}" for s, reason in damaged.items())
+        raise DamagedCheckpointError(f"{self.folder}: no usable checkpoint ({reasons})")
+
+    def _document(self, step: int) -> dict[str, Any]:
+        return integrity.read_sealed(self.folder / str(step) / META / "metadata")
+
+    def _load(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        document = self._document(step)
+        saved = document["leaves"]
+        for name in abstract:
+            require(name in saved, "item", name, f"is not in step {step} of {self.folder}; there are {list(saved)}")
+        lines = [line for name, tree in abstract.items() for line in integrity.differences(name, saved[name], tree)]
+        if lines:
+            more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+            raise ValueError(f"{self.folder} step {step} is of another architecture: {'; '.join(lines[:3])}{more}")
+        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
+        try:
+            restored = self._manager.restore(step, args=args)
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # says nothing about the checkpoint
+        except Exception as error:  # orbax raises ValueError, KeyError, FileNotFoundError, bare Exception
+            reason = str(error).splitlines()[0][:200] if str(error) else ""
+            raise DamagedCheckpointError(f"cannot be read ({type(error).__name__}: {reason})") from error
+        items = {name: restored[name] for name in abstract}
+        wrong = [f"{name}/{path}" for name, tree in items.items() for path, entry in integrity.describe(tree).items()
+                 if entry != saved[name][path]]
+        if wrong:
+            raise DamagedCheckpointError(f"checksum differs in {', '.join(wrong[:3])} ({len(wrong)} leaves)")
+        return items, document["meta"]
+
+    def _unfinished(self) -> dict[int, epath.Path]:
+        """Folders of saves that were cut off, by step; orbax would delete one when it saves that step again."""
+        paths = self.folder.iterdir() if self.folder.exists() else ()
+        return {int(match[1]): path for path in paths if (match := _UNFINISHED.fullmatch(path.name))}
+
+    def _move_aside(self, paths: Mapping[int, epath.Path]) -> None:
+        target = self.folder.parent / f"{self.folder.name}-damaged"
+        if jax.process_index() == 0:
+            target.mkdir(parents=True, exist_ok=True)
+            for step, path in paths.items():
+                taken = sum(other.name.split(".")[0] == str(step) for other in target.iterdir())
+                path.rename(target / (f"{step}.{taken}" if taken else str(step)))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("mfa_jax_checkpoints_moved_aside")
+        self._manager.reload()
+        log.warning("%s: moved steps %s to %s", self.folder, sorted(paths), target)

@@ -1,0 +1,112 @@
+"""What a checkpoint records about each leaf, so that damage and another architecture can be told apart."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jaxtyping import Array, Shaped, UInt32
+
+from mfa_jax.config import require
+
+META = "meta"
+"""Name of the JSON item."""
+RESERVED = (META, "metrics")
+"""Names that no tree may have; orbax owns the second."""
+Leaves = dict[str, list[Any]]
+"""`[dtype, shape, checksum]` by the path of the leaf."""
+
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+
+
+class DamagedCheckpointError(ValueError):
+    """What a checkpoint holds cannot be read, or is not what was saved."""
+
+
+@jax.jit
+def checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+    """`sum_i mix(word_i * (2 i c + 1)) mod 2^32` over the elements' bits, at positions `i` of the whole array.
+
+    Integer sums do not depend on their order, so neither does the result on how `x` is sharded. For a fixed position
+    the summand is a bijection of the word (odd multipliers, xor-shift): damage to a single word of up to 32 bits
+    always shows; anything else escapes with a chance of about 2^-32.
+    """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    words = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis in range(words.ndim):
+        stride = jnp.uint32(math.prod(words.shape[axis + 1:]) % 2**32)
+        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
+    mixed = words * (position * jnp.uint32(2 * 1640531527) + jnp.uint32(1))
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(2246822519)
+    return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
+
+
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """Leaves of a tree by readable path, `layers/attention/S_q`."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def describe(tree: Any) -> Leaves:
+    """`[dtype, shape, checksum]` of each leaf by its path."""
+    leaves = leaves_by_path(tree)
+    sums = jax.device_get({path: checksum(leaf) for path, leaf in leaves.items()})
+    return {path: [str(leaf.dtype), list(leaf.shape), int(sums[path])] for path, leaf in leaves.items()}
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document with a CRC-32 of itself, whatever the order of its keys."""
+    return {**document, "crc32": zlib.crc32(json.dumps(document, sort_keys=True).encode())}
+
+
+def read_sealed(path: epath.Path) -> dict[str, Any]:
+    """A document that was written `sealed`.
+
+    Raises:
+      DamagedCheckpointError: it is missing, is not JSON, or is not what was written.
+    """
+    try:
+        document = json.loads(path.read_text())
+        if document.pop("crc32", None) != sealed(document)["crc32"]:
+            raise ValueError("checksum differs")
+    except PermissionError:
+        raise  # says nothing about the document
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedCheckpointError(f"meta data cannot be used ({type(error).__name__}: {error})") from error
+    return document
+
+
+def differences(item: str, saved: Leaves, abstract: Any) -> list[str]:
+    """What the checkpoint has against what is asked for, a line a leaf."""
+    expected = {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves_by_path(abstract).items()}
+    lines = []
+    for path in [*expected, *(p for p in saved if p not in expected)]:
+        found, wanted = saved.get(path, [])[:2], expected.get(path)
+        if found != wanted:
+            have = f"is {found[0]}{found[1]}" if found else "is missing"
+            want = f"expected {wanted[0]}{wanted[1]}" if wanted else "expected no such leaf"
+            lines.append(f"{item}/{path} {have} in the checkpoint, {want}")
+    return lines
+
+
+def require_trees(items: Mapping[str, Any], leaf_kind: type, what: str) -> None:
+    """Raises `ValueError` unless `items` names trees whose leaves are all of this kind, with shardings."""
+    require(bool(items), what, dict(items), "must name at least one tree")
+    for name, tree in items.items():
+        require(name.isidentifier() and name not in RESERVED, what, name,
+                f"must be an identifier other than {', '.join(RESERVED)}")
+        leaves = leaves_by_path(tree)
+        require(bool(leaves), f"{what}[{name!r}]", tree, "must have at least one leaf")
+        for path, leaf in leaves.items():
+            require(isinstance(leaf, leaf_kind) and getattr(leaf, "sharding", None) is not None,
+                    f"{what}[{name!r}] {path}", leaf, f"must be a jax {leaf_kind.__name__.rpartition('.')[2]} with a sharding")

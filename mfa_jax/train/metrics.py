@@ -1,0 +1,220 @@
+"""What a run tells while it trains: `metrics.jsonl`, TensorBoard, a bar, the peak of the chip, the first NaN."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from mfa_jax.config import require
+
+log = logging.getLogger(__name__)
+
+# Dense bfloat16 FLOP/s of one jax device, by how its `device_kind` starts; the first match counts.
+_PEAK_FLOPS = (
+    # TPU: cloud.google.com/tpu/docs, system architecture, "peak compute per chip (bf16)". A device is a chip, but
+    # half a chip on v2, v3 and 7x.
+    ("TPU v2", 22.5e12), ("TPU v3", 61.5e12), ("TPU v4 lite", 138e12), ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12), ("TPU v5e", 197e12), ("TPU v5", 459e12), ("TPU v6", 918e12), ("TPU7x", 1153.5e12),
+    # NVIDIA data sheets, tensor cores without sparsity (half of the number printed with it).
+    ("NVIDIA GB200", 2500e12), ("NVIDIA B200", 2250e12), ("NVIDIA GH200", 989.4e12), ("NVIDIA H200 NVL", 835.5e12),
+    ("NVIDIA H200", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835.5e12),
+    ("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA A100", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA L40", 181e12),
+    ("NVIDIA L4", 121e12), ("NVIDIA A10G", 70e12),
+    # These two have no bfloat16 tensor cores; the number is float16's.
+    ("Tesla T4", 65e12), ("Tesla V100", 125e12),
+)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Dense bfloat16 FLOP/s of a device at its peak; None where that is not known (CPU, other chips)."""
+    return next((flops for start, flops in _PEAK_FLOPS if device.device_kind.startswith(start)), None)
+
+
+@jax.jit
+def _all_finite(leaves: list[Any]) -> Bool[Array, " n"]:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
+
+
+def first_nonfinite(tree: Any) -> str | None:
+    """Path of the first leaf, in tree order, that holds a NaN or an infinity; None where all are finite.
+
+    Leaves that are not floating point are passed over.
+    """
+    leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+              if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    finite = jax.device_get(_all_finite([leaf for _, leaf in leaves])) if leaves else []
+    bad = (path for (path, _), ok in zip(leaves, finite, strict=True) if not ok)
+    return next((jax.tree_util.keystr(path, simple=True, separator="/") for path in bad), None)
+
+
+class MetricsWriter:
+    """Writes `<workdir>/metrics.jsonl`, a JSON object a line with its `step`, and TensorBoard events if installed.
+
+    JSON has no NaN: a value that is not finite is written as `null`, and what it was under `nonfinite`.
+
+    Args:
+      workdir: created if it is not there.
+      start_step: the step that the run goes on from. Lines past it (of a run that was cut off after its last
+        checkpoint), and a last line that was cut off, move to `metrics.dropped.jsonl`, so that no step is told twice.
+      enabled: False writes nothing (every process but the first).
+      tensorboard: whether to write TensorBoard events too, to `<workdir>/tensorboard`.
+
+    Raises:
+      OSError: the folder cannot be written to.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], *, start_step: int = 0, enabled: bool = True,
+                 tensorboard: bool = True) -> None:
+        self.path = Path(workdir) / "metrics.jsonl"
+        self._file: Any = None
+        self._events: Any = None
+        if not enabled:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_lines(self.path, start_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._events = _event_writer(self.path.parent / "tensorboard", start_step)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one line and flushes it; numbers may be jax scalars.
+
+        Raises:
+          ValueError: a value that is neither a scalar nor a string, or is called `step` or `nonfinite`.
+          OSError: the disk is full.
+        """
+        if self._file is None:
+            return
+        plain = {name: _scalar(name, value) for name, value in values.items()}
+        odd = {name: str(v) for name, v in plain.items() if isinstance(v, float) and not math.isfinite(v)}
+        line = {"step": step, **plain, **dict.fromkeys(odd), **({"nonfinite": odd} if odd else {})}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in plain.items():
+                if not isinstance(value, str):
+                    self._events.add_scalar(name, value, step)
+            self._events.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _scalar(name: str, value: Any) -> float | int | str:
+    require(name not in ("step", "nonfinite"), "metric", name, "is the writer's own")
+    if isinstance(value, (str, bool, int, float)):
+        return value
+    require(getattr(value, "shape", None) == (), f"metric {name}", value, "must be a scalar or a string")
+    return value.item()
+
+
+def _drop_lines(path: Path, start_step: int) -> None:
+    """Keeps the whole lines up to `start_step`; the file is replaced at once, what is dropped is kept beside it."""
+    if not path.exists():
+        return
+    kept: list[str] = []
+    dropped: list[str] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            keep = json.loads(line)["step"] <= start_step
+        except (ValueError, KeyError, TypeError):
+            keep = False
+        (kept if keep else dropped).append(line + "\n")
+    if not dropped:
+        return
+    log.info("%s: %d lines past step %d move to metrics.dropped.jsonl", path, len(dropped), start_step)
+    with path.with_name("metrics.dropped.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(dropped)
+    fresh = path.with_name("metrics.jsonl.tmp")
+    fresh.write_text("".join(kept), encoding="utf-8")
+    fresh.replace(path)
+
+
+def _event_writer(folder: Path, start_step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # an optional extra, looked for only where it is wanted
+    except ImportError:
+        log.info("no TensorBoard events: tensorboardX is not installed (the tensorboard extra); metrics.jsonl has all")
+        return None
+    return SummaryWriter(str(folder), purge_step=start_step + 1)
+
+
+class Progress:
+    """How far a run is: a bar on a terminal, a plain line for each update elsewhere (files, notebooks, CI).
+
+    Args:
+      total: steps of the whole run.
+      start: steps that earlier starts did.
+      enabled: False shows nothing.
+      console: where to; standard error unless given.
+    """
+
+    def __init__(self, total: int, *, start: int = 0, enabled: bool = True, console: Console | None = None) -> None:
+        self.total = total
+        self._enabled = enabled
+        self._first: tuple[int, float] | None = None
+        self._console = console or Console(stderr=True)
+        self._bar: Bar | None = None
+        if enabled and self._console.is_terminal and not self._console.is_jupyter:
+            self._bar = Bar(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24),
+                            TextColumn("{task.fields[text]}"), console=self._console)
+            self._task = self._bar.add_task("", total=total, completed=start, text="compiling")
+            self._bar.start()
+
+    def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
+        """Shows the loss, the speed, and the time left at the pace since the first update (so without compiling)."""
+        if not self._enabled:
+            return
+        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  ETA {self._remaining(step)}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        else:
+            self._console.print(f"step {step}/{self.total}  {text}", highlight=False, soft_wrap=True)
+
+    def _remaining(self, step: int) -> str:
+        now = time.monotonic()
+        first_step, began = self._first = self._first or (step, now)
+        if step == first_step:
+            return "?" if step < self.total else "0:00:00"
+        seconds = round((self.total - step) * (now - began) / (step - first_step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+    def print(self, message: str) -> None:
+        """Shows a line of its own, above the bar."""
+        if self._enabled:
+            self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,93 @@
+"""The folder of a run: what is in it, and how a trained model is read back from it.
+
+    <workdir>/config.json          the config of the last start
+              tokenizer/           the tokenizer
+              data/                token shards, unless the config names another place
+              checkpoints/<step>/  see `checkpoint`
+              metrics.jsonl        see `metrics`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from mfa_jax import axes
+from mfa_jax.config import ModelConfig, TrainConfig, from_dict, require, to_dict
+from mfa_jax.data import Tokenizer, load_tokenizer
+from mfa_jax.model.transformer import Transformer
+from mfa_jax.train.checkpoint import Checkpoints
+
+CONFIG, TOKENIZER, DATA, CHECKPOINTS = "config.json", "tokenizer", "data", "checkpoints"
+
+_EXECUTION = ("dtype", "remat", "attention_implementation")
+"""Fields of a model config that say how it is computed, not what it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model read from a run."""
+
+    model: Transformer
+    params: Any
+    tokenizer: Tokenizer
+    config: TrainConfig
+    step: int
+    skipped: dict[int, str]
+    """Newer checkpoints that could not be used, each with its reason."""
+
+
+def load_trained(workdir: str | Path, *, step: int | None = None, ema: bool = False, mesh: Mesh | None = None) -> Trained:
+    """The newest intact checkpoint of a run (or that of `step`), its parameters placed on `mesh`; nothing is changed.
+
+    Args:
+      ema: read the moving average of the weights in place of the weights.
+      mesh: None for a mesh of one device.
+
+    Raises:
+      ValueError: no run there, no checkpoint, no moving average in it, or a model other than the one that was saved.
+    """
+    workdir = Path(workdir)
+    folder = workdir / CHECKPOINTS
+    require(folder.is_dir(), "workdir", str(workdir), f"holds no run: there is no folder {CHECKPOINTS}")
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        found = checkpoints.read_meta(step)
+        require(found is not None, "workdir", str(workdir), "holds no finished checkpoint yet")
+        assert found is not None
+        config = from_dict(TrainConfig, found[1]["config"], f"{folder}/{found[0]}")
+        require(not ema or config.ema_decay is not None, "ema", True, "the run kept no moving average (ema_decay)")
+        model = Transformer(config.model)
+        mesh = mesh or axes.make_mesh((1,) * len(axes.MESH_AXES), jax.devices()[:1])
+        item = "ema" if ema else "params"
+        restored = checkpoints.restore({item: abstract_params(model, mesh)}, step)
+    assert restored is not None
+    return Trained(model, restored.items[item], load_tokenizer(workdir / TOKENIZER), config, restored.step,
+                   restored.skipped)
+
+
+def abstract_params(model: Transformer, mesh: Mesh) -> Any:
+    """Shapes, types and places of a model's parameters on a mesh."""
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), "int32"))["params"]
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+                        nn.unbox(boxed), axes.shardings(boxed, mesh))
+
+
+def require_same_model(saved: ModelConfig, given: ModelConfig, workdir: str) -> None:
+    """Refuses to go on with a model other than the saved one; how it is computed may change.
+
+    Raises:
+      ValueError: the fields that differ, with both values.
+    """
+    differing = [
+        f"model.{f.name}={to_dict(getattr(given, f.name))!r} (saved: {to_dict(getattr(saved, f.name))!r})"
+        for f in dataclasses.fields(ModelConfig)
+        if f.name not in _EXECUTION and getattr(saved, f.name) != getattr(given, f.name)
+    ]
+    if differing:
+        raise ValueError(f"workdir={workdir!r}: holds a run of another model: {'; '.join(differing)}; accepted: the "
+                         f"saved model, or another workdir")

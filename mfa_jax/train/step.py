@@ -1,0 +1,141 @@
+"""State of a training run and the step that advances it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, Key
+
+from mfa_jax import axes
+from mfa_jax.config import TrainConfig
+from mfa_jax.model.loss import LossSums, cross_entropy
+from mfa_jax.model.transformer import Transformer, unembedding
+from mfa_jax.train.optimizer import state_shardings
+
+BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step; a checkpoint holds every leaf."""
+
+    step: Int[Array, ""]
+    """Updates done."""
+    params: Any
+    optimizer: Any
+    ema: Any
+    """Moving average of the parameters; an empty dict without one."""
+    rng: Key[Array, ""]
+    """Key of the run, for whatever is random in a step."""
+
+
+def state_layout(config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """The abstract state, every leaf with its sharding: what a restore needs, and where `create_state` puts things."""
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params_at = axes.shardings(boxed, mesh)
+    abstract = jax.eval_shape(_state_from_key(config, model, optimizer), jax.random.key(0))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    at = TrainState(
+        step=everywhere, params=params_at, rng=everywhere,
+        optimizer=state_shardings(abstract.optimizer, abstract.params, params_at),
+        ema=params_at if config.ema_decay is not None else {},
+    )
+    return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, at)
+
+
+def create_state(config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation, layout: Any) -> TrainState:
+    """The state at step 0, made where it belongs: no array is ever whole on one device or host unless it is replicated."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    return jax.jit(_state_from_key(config, model, optimizer), out_shardings=where)(jax.random.key(config.seed))
+
+
+def _state_from_key(config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation) -> Callable:
+    def create(key: Key[Array, ""]) -> TrainState:
+        params = nn.unbox(model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
+        ema = jax.tree.map(jnp.copy, params) if config.ema_decay is not None else {}
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jax.random.fold_in(key, 1))
+
+    return create
+
+
+def batch_loss(config: TrainConfig, model: Transformer, params: Any, batch: Any) -> LossSums:
+    """Sums of the loss over the targets of a batch (`inputs`, `targets`, `positions`, `segments`, `mask`)."""
+    hidden, _ = model.apply({"params": params}, batch["inputs"], batch["positions"], batch["segments"], method="hidden")
+    table = unembedding(params, config.model)
+    return cross_entropy(hidden, table, batch["targets"], batch["mask"] > 0, config.z_loss)
+
+
+def make_train_step(
+    config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+    """One update: `step(state, batch) -> state, metrics`, to be jitted with the state donated.
+
+    The gradient is that of the mean over all targets of the batch, whatever `accumulate` is. A step that meets a
+    number that is not finite leaves the state as it was and says so: `bad_leaf` is the index in `watched_leaves` of
+    the first gradient or update with such a number, or -1.
+    """
+    def gradient(params: Any, batch: Any) -> tuple[LossSums, Any]:
+        def loss(params: Any) -> tuple[Float[Array, ""], LossSums]:
+            sums = batch_loss(config, model, params, batch)
+            return sums.loss, sums
+
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return sums, grads
+
+    def accumulated(params: Any, batch: Any) -> tuple[LossSums, Any]:
+        if config.accumulate == 1:
+            return gradient(params, batch)
+        # Part i takes every accumulate-th row: each device's rows stay on it.
+        parts = jax.tree.map(lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            part = jax.tree.map(lambda x: axes.constrain(x, "batch", None), part)
+            return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        start = LossSums(zero, zero, zero), jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(add, start, parts)[0]
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        sums, grads = accumulated(state.params, batch)
+        count = jnp.maximum(sums.tokens, 1)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if config.ema_decay is not None:
+            ema = optax.incremental_update(params, state.ema, 1 - config.ema_decay)
+        bad_leaf = _first_bad([*jax.tree.leaves(grads), *jax.tree.leaves(updates)])
+        moved = state._replace(step=state.step + 1, params=params, optimizer=optimizer_state, ema=ema)
+        state = jax.tree.map(lambda new, old: jnp.where(bad_leaf < 0, new, old), moved._replace(rng=0), state._replace(rng=0))
+        metrics = {
+            "loss": sums.nll / count, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params), "learning_rate": schedule(moved.step - 1), "targets": sums.tokens,
+            "bad_leaf": bad_leaf, **_alpha_norms(params),
+        }
+        return state._replace(rng=moved.rng), metrics
+
+    return step
+
+
+def watched_leaves(params: Any) -> list[str]:
+    """Names of what `bad_leaf` counts: the gradient of each parameter, then its update."""
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return [f"gradient of {path}" for path in paths] + [f"update of {path}" for path in paths]
+
+
+def _first_bad(leaves: list[Array]) -> Int[Array, ""]:
+    bad = jnp.stack([~jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
+    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def _alpha_norms(params: Any) -> dict[str, Float[Array, ""]]:
+    """Norm of MFA-KR's alpha in each layer: how far values have moved away from keys."""
+    alpha = params["layers"]["attention"].get("alpha")
+    return {} if alpha is None else {
+        f"alpha_norm/layer_{i}": jnp.linalg.norm(row.astype(jnp.float32)) for i, row in enumerate(alpha)}

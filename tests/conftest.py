@@ -1,0 +1,34 @@
+"""Eight virtual CPU devices, shapes checked on every call, and where external data lies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# The suite is about CPU results; JAX_PLATFORMS=cuda (or tpu) in the environment runs it elsewhere.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+# Every function of the package checks its shape annotations, also in modules that tests import later.
+install_import_hook("mfa_jax", "shapecheck.typechecked")
+
+# The same examples in every run, and no deadline: the first example of a test pays for compilation.
+settings.register_profile("project", deadline=None, derandomize=True)
+settings.load_profile("project")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of external data (real checkpoints, text); tests that need it are skipped without it."""
+    path = Path(os.environ.get("MFA_JAX_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no external data at {path}; MFA_JAX_DATA names the folder")
+    return path

@@ -1,0 +1,71 @@
+"""What every attention variant is tested with: small configs, inputs, and one jitted model for each."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mfa_jax.config import (
+    VARIANTS,
+    AttentionConfig,
+    GQAConfig,
+    MFAConfig,
+    MFAKRConfig,
+    MLAConfig,
+    ModelConfig,
+    PositionConfig,
+)
+from mfa_jax.model.transformer import Transformer
+
+ATTENTION: dict[str, AttentionConfig] = {
+    "mha": GQAConfig(num_heads=4, num_kv_heads=4, head_dim=8),
+    "gqa": GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8),
+    "mqa": GQAConfig(num_heads=4, num_kv_heads=1, head_dim=8),
+    "mla": MLAConfig(num_heads=4, nope_dim=8, rope_dim=4, value_dim=6, latent_dim=16, query_rank=12),
+    "mfa": MFAConfig(num_heads=4, latent_dim=16, query_rank=12),
+    "mfa_kr": MFAKRConfig(num_heads=4, latent_dim=16, query_rank=12, alpha_init=0.5),
+}
+assert tuple(ATTENTION) == VARIANTS
+ENCODINGS = ("rope", "alibi", "none")
+B, T, V, L = 3, 9, 32, 2
+
+
+def model_config(variant: str, encoding: str = "rope", **changes: object) -> ModelConfig:
+    config = ModelConfig(vocab_size=V, num_layers=L, model_dim=24, ffn_dim=32, attention=ATTENTION[variant],
+                         position=PositionConfig(kind=encoding, base=100.0))
+    return dataclasses.replace(config, **changes)
+
+
+def tokens(seed: int = 1, shape: tuple[int, ...] = (B, T)) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), shape, 0, V)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A model, its parameters, and its jitted forward with and without a cache."""
+
+    config: ModelConfig
+    model: Transformer
+    params: dict
+    full: object
+    step: object
+
+
+@functools.cache
+def compiled(config: ModelConfig) -> Compiled:
+    model = Transformer(config)
+    params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
+
+    @jax.jit
+    def full(params, tokens, positions=None, segments=None):
+        return model.apply({"params": params}, tokens, positions, segments)[0]
+
+    @jax.jit
+    def step(params, tokens, cache):
+        return model.apply({"params": params}, tokens, cache=cache)
+
+    return Compiled(config, model, params, full, step)

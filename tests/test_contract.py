@@ -1,0 +1,290 @@
+"""The contract of every variant with every encoding: one suite, the same for all."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from mfa_jax import attention, capacity
+from mfa_jax.attention.mla import MLA
+from mfa_jax.circuits import circuits
+from mfa_jax.config import GQAConfig, MFAConfig, PositionConfig
+from mfa_jax.model.loss import cross_entropy
+from mfa_jax.model.transformer import Transformer, init_cache, unembedding, unstack_layers
+from tests.contract import ATTENTION, ENCODINGS, B, L, T, V, compiled, model_config, tokens
+
+CAPACITY = 12
+# A variant stays on one worker, where its compilations are shared.
+variants = pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ATTENTION])
+encodings = pytest.mark.parametrize("encoding", ENCODINGS)
+
+
+# Rounding cached keys and values to bfloat16, relative 2 ** -9, moves logits of unit variance by hundredths.
+CACHE_DTYPES = {"float32": 2e-5, "bfloat16": 0.06}
+
+
+@variants
+@encodings
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_prefill_then_decode_equals_the_full_forward_for_every_split(variant: str, encoding: str, dtype: str) -> None:
+    """Row r prefills r + 1 tokens and decodes the rest. The rows are ragged: padded to one prefill, then cut back."""
+    c = compiled(model_config(variant, encoding))
+    rows = jnp.broadcast_to(tokens()[:1], (T, T))
+    full = np.asarray(c.full(c.params, rows))[0]
+    start = jnp.arange(1, T + 1)
+    out, cache = c.step(c.params, rows, init_cache(c.config, T, CAPACITY, dtype))
+    assert all(stream.dtype == dtype for stream in cache.streams)
+    cache = cache.with_length(jnp.broadcast_to(start, (L, T)))
+    errors = [np.abs(np.asarray(out)[r, : r + 1] - full[: r + 1]).max() for r in range(T)]
+    for t in range(T - 1):
+        at = np.minimum(start + t, T - 1)
+        out, cache = c.step(c.params, rows[jnp.arange(T), at][:, None], cache)
+        errors += [np.abs(np.asarray(out)[r, 0] - full[at[r]]).max() for r in range(T) if start[r] + t < T]
+    assert max(errors) < CACHE_DTYPES[dtype]
+    assert dtype == "float32" or max(errors) > CACHE_DTYPES["float32"]
+
+
+@variants
+def test_at_most_two_traces_for_prefill_and_decode(variant: str) -> None:
+    c = compiled(model_config(variant, "none"))
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=2)
+    def step(params: dict, tokens: jax.Array, cache: object) -> object:
+        return c.model.apply({"params": params}, tokens, cache=cache)
+
+    full = c.full(c.params, tokens())
+    out, cache = step(c.params, tokens()[:, :4], init_cache(c.config, B, CAPACITY))
+    outs = [out]
+    for t in range(4, T):
+        out, cache = step(c.params, tokens()[:, t : t + 1], cache)
+        outs.append(out)
+    chex.assert_trees_all_close(jnp.concatenate(outs, axis=1), full, atol=2e-5, rtol=1e-5)
+    chex.assert_trees_all_equal(cache.length, jnp.full((L, B), T))
+
+
+@variants
+@encodings
+def test_ragged_rows_equal_each_row_alone(variant: str, encoding: str) -> None:
+    """The same rows, each in a batch whose other rows hold something else: bit-equal."""
+    c = compiled(model_config(variant, encoding))
+    lengths = jnp.broadcast_to(jnp.arange(2, 2 + T), (L, T))
+
+    def last(others: int) -> jax.Array:
+        rows = tokens(others, (T, T)).at[3].set(tokens()[0])
+        _, cache = c.step(c.params, rows, init_cache(c.config, T, CAPACITY))
+        return c.step(c.params, jnp.full((T, 1), 5), cache.with_length(lengths - 1))[0][3]
+
+    chex.assert_trees_all_equal(last(7), last(8))
+
+
+@variants
+@encodings
+def test_changing_a_token_leaves_earlier_outputs_bit_equal(variant: str, encoding: str) -> None:
+    c = compiled(model_config(variant, encoding))
+    before = c.full(c.params, tokens())
+    after = c.full(c.params, tokens().at[:, 5].set((tokens()[:, 5] + 1) % V))
+    chex.assert_trees_all_equal(before[:, :5], after[:, :5])
+    assert np.all(np.any(np.asarray(before[:, 5:] != after[:, 5:]), axis=-1))
+
+
+@variants
+@encodings
+def test_rows_and_packed_segments_do_not_see_each_other(variant: str, encoding: str) -> None:
+    c = compiled(model_config(variant, encoding))
+    positions = jnp.array([0, 1, 2, 3, 0, 1, 2, 0, 1])
+    segments = jnp.array([1, 1, 1, 1, 2, 2, 2, 3, 3])
+    spread = [jnp.broadcast_to(x, (B, T)) for x in (positions, segments)]
+    packed = c.full(c.params, tokens(), *spread)
+    start = 0
+    for length in (4, 3, 2):
+        alone = c.full(c.params, jnp.pad(tokens()[:, start : start + length], ((0, 0), (0, T - length))))
+        chex.assert_trees_all_close(packed[:, start : start + length], alone[:, :length], atol=2e-5, rtol=1e-5)
+        start += length
+    other_row = c.full(c.params, tokens().at[0].set(0), *spread)
+    chex.assert_trees_all_equal(packed[1:], other_row[1:])
+
+
+@variants
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cache_bytes_equal_the_closed_form(variant: str, dtype: str) -> None:
+    config = model_config(variant)
+    cache = init_cache(config, B, CAPACITY, dtype)
+    closed = capacity.cache_bytes_per_token(config.attention, config.num_layers, dtype)
+    assert cache.nbytes == closed * B * CAPACITY
+    assert cache.nbytes == sum(stream.nbytes for stream in cache.streams)
+
+
+@variants
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameter_count_equals_the_closed_form(variant: str, tied: bool) -> None:
+    config = model_config(variant, tie_embeddings=tied)
+    abstract = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    counted = sum(leaf.size for leaf in jax.tree.leaves(nn.unbox(abstract)))
+    assert counted == capacity.model_parameters(config).total
+
+
+@variants
+@encodings
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_each_gradient_is_finite_and_not_all_zero(variant: str, encoding: str, alpha: float) -> None:
+    """By design zero: `N_kr` while alpha is zero, since the value is `k + alpha * (N_kr k)`."""
+    config = model_config(variant, encoding)
+    if variant != "mfa_kr" and alpha:
+        pytest.skip("only MFA-KR has an alpha")
+    if variant == "mfa_kr":
+        config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, alpha_init=alpha))
+    c = compiled(config)
+
+    def loss(params: dict) -> jax.Array:
+        hidden, _ = c.model.apply({"params": params}, tokens(), method="hidden")
+        table = unembedding(params, config)
+        return cross_entropy(hidden, table, tokens(2), jnp.ones((B, T), bool), z_loss=1e-4).loss
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(c.params)):
+        name = jax.tree_util.keystr(path)
+        assert np.all(np.isfinite(leaf)), name
+        zero_by_design = "N_kr" in name and alpha == 0
+        assert np.any(np.asarray(leaf) != 0) != zero_by_design, name
+
+
+@variants
+def test_unrolled_layers_equal_scanned_layers(variant: str) -> None:
+    c = compiled(model_config(variant))
+    unrolled = Transformer(c.config, scan_layers=False)
+    params = unstack_layers(c.params, L)
+    cache = init_cache(c.config, B, CAPACITY, scan_layers=False)
+    out, cache = jax.jit(lambda p, t, k: unrolled.apply({"params": p}, t, cache=k))(params, tokens(), cache)
+    chex.assert_trees_all_close(out, c.full(c.params, tokens()), atol=2e-5, rtol=1e-5)
+    chex.assert_trees_all_equal(cache[1].length, jnp.full((B,), T))
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(remat: str) -> None:
+    config = model_config("mfa")
+
+    def gradient(config: object) -> object:
+        model = Transformer(config)
+        loss = lambda p: jnp.sum(model.apply({"params": p}, tokens())[0] ** 2)  # noqa: E731
+        return jax.jit(jax.grad(loss))(compiled(model_config("mfa")).params)
+
+    chex.assert_trees_all_close(gradient(config), gradient(dataclasses.replace(config, remat=remat)), rtol=1e-4,
+                                atol=1e-5)
+
+
+def test_a_cache_that_overflows_says_so() -> None:
+    c = compiled(model_config("mfa"))
+    with pytest.raises(ValueError, match="9 tokens do not fit into a cache of 6"):
+        c.step(c.params, tokens(), init_cache(c.config, B, 6))
+    cache = attention.init_cache(ATTENTION["mfa"], 2, 4).with_length(jnp.array([2, 3]))
+    one = jnp.ones((2, 2, 16))
+    cache = cache.append(one, one)
+    chex.assert_trees_all_equal(cache.overflowed, jnp.array([False, True]))
+    chex.assert_trees_all_equal(cache.k[:, :, 0], jnp.array([[0.0, 0, 1, 1], [0, 0, 0, 1]]))
+
+
+def test_mfa_with_an_identity_like_factorization_is_mqa() -> None:
+    """S_q the identity (Q = D), no norm, C = H: each head's Q_n is MQA's W_Q,n."""
+    x = jax.random.normal(jax.random.key(3), (2, 7, 24))
+    positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
+    mqa = attention.build(GQAConfig(num_heads=4, num_kv_heads=1, head_dim=8), PositionConfig())
+    p = nn.unbox(mqa.init(jax.random.key(0), x, positions))["params"]
+    mfa = attention.build(MFAConfig(num_heads=4, latent_dim=8, query_rank=24, query_norm=False), PositionConfig())
+    q = {"S_q": jnp.eye(24), "Q": p["W_Q"], "S_k": p["W_K"][:, 0], "S_v": p["W_V"][:, 0], "O": p["W_O"]}
+    chex.assert_trees_all_close(mfa.apply({"params": q}, x, positions)[0], mqa.apply({"params": p}, x, positions)[0],
+                                atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_gqa_with_repeated_key_heads_is_mha(kv_heads: int) -> None:
+    """K = 1 is MQA: MHA whose key and value heads are all the same one; K = N is MHA itself."""
+    x = jax.random.normal(jax.random.key(3), (2, 7, 24))
+    positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
+    gqa = attention.build(GQAConfig(num_heads=4, num_kv_heads=kv_heads, head_dim=8), PositionConfig())
+    p = nn.unbox(gqa.init(jax.random.key(0), x, positions))["params"]
+    q, k, v = (np.einsum("btd,dnh->btnh", x, np.repeat(p[n], 4 // p[n].shape[1], axis=1)) for n in ("W_Q", "W_K", "W_V"))
+    angles = np.arange(7)[:, None] * 500000.0 ** (-np.arange(0, 8, 2) / 8)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    q, k = (np.concatenate([y[..., :4] * cos - y[..., 4:] * sin, y[..., 4:] * cos + y[..., :4] * sin], -1)
+            for y in (q, k))
+    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(8)
+    scores = np.where(np.tri(7, dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("bnts,bsnh,nhd->btd", weights, v, p["W_O"])
+    chex.assert_trees_all_close(gqa.apply({"params": p}, x, positions)[0], expected, atol=1e-5)
+
+
+@variants
+def test_circuits_through_the_gmha_formula_equal_the_module(variant: str) -> None:
+    """Inner norms are exact at unit root mean square, so each token is scaled until its normed latent has it."""
+    config = ATTENTION[variant]
+    if variant == "mla":
+        config = dataclasses.replace(config, query_rank=None)
+    module = attention.build(config, PositionConfig(kind="none"))
+    x = np.random.default_rng(0).normal(size=(1, 7, 24))
+    positions = jnp.arange(7)[None]
+    p = nn.unbox(module.init(jax.random.key(1), jnp.asarray(x, jnp.float32), positions))["params"]
+    p = jax.tree.map(lambda leaf: leaf * 1.1 if leaf.ndim == 1 else leaf, p)
+    down = p.get("W_DKV", p.get("S_q"))
+    if down is not None:
+        x /= np.sqrt(np.mean(np.square(x @ np.asarray(down, np.float64)), axis=-1, keepdims=True))
+    found = circuits({"layers": {"attention": jax.tree.map(lambda leaf: leaf[None], p)}}, 0)
+    expected = np.zeros((7, 24))
+    for n in range(found.num_heads):
+        scores = np.where(np.tri(7, dtype=bool), x[0] @ found.W(n) @ x[0].T * found.scale, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        expected += weights / weights.sum(-1, keepdims=True) @ x[0] @ found.U(n)
+    got = module.apply({"params": p}, jnp.asarray(x, jnp.float32), positions)[0][0]
+    chex.assert_trees_all_close(np.asarray(got, np.float64), expected, atol=5e-5)
+
+
+@variants
+def test_measured_ranks_of_fresh_weights_are_the_nominal_ones(variant: str) -> None:
+    c = compiled(model_config(variant))
+    ranks = circuits(c.params, 1).ranks()
+    config = ATTENTION[variant]
+    widths = {"gqa": (8, 8), "mla": (12, 6), "mfa": (12, 16), "mfa_kr": (12, 16)}[config.kind]
+    assert ranks["W_rank"].tolist() == [widths[0]] * 4
+    assert ranks["U_rank"].tolist() == [widths[1]] * 4
+    assert np.all((ranks["W_effective_rank"] > 1) & (ranks["W_effective_rank"] <= widths[0]))
+    with pytest.raises(ValueError, match="layer=2: must be in 0 .. 1"):
+        circuits(c.params, 2)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_heads": 16}, {"latent_dim": 64}, {"query_rank": 64}])
+@pytest.mark.parametrize("variant", ["mla", "mfa", "mfa_kr"])
+def test_initial_variance_does_not_depend_on_the_widths(variant: str, changes: dict) -> None:
+    """Scores have unit variance at the start; an output of uniform attention over one token has that of its input."""
+    config = dataclasses.replace(ATTENTION[variant], **changes)
+    module = attention.build(config, PositionConfig(kind="none"))
+    x = jax.random.normal(jax.random.key(0), (64, 1, 256))
+    positions = jnp.zeros((64, 1), jnp.int32)
+    p = nn.unbox(module.init(jax.random.key(1), x, positions))["params"]
+    y, _ = module.apply({"params": p}, x, positions)
+    found = circuits({"layers": {"attention": jax.tree.map(lambda leaf: leaf[None], p)}}, 0)
+    scores = np.stack([np.asarray(x[:, 0]) @ found.W(n) @ np.asarray(x[:, 0]).T for n in range(found.num_heads)])
+    off_diagonal = scores[:, ~np.eye(64, dtype=bool)] * found.scale
+    assert 0.6 < float(jnp.var(y)) < 1.5
+    assert 0.6 < off_diagonal.var() < 1.5
+
+
+def test_mla_decodes_absorbed() -> None:
+    """A step with a cache forms no per-head key or value of the cached tokens: no array of N heads by S by width."""
+    config = ATTENTION["mla"]
+    module = MLA(config, PositionConfig())
+    S = 37
+    x, cache = jnp.zeros((1, 1, 24)), attention.init_cache(config, 1, S)
+    params = nn.unbox(module.init(jax.random.key(0), x, jnp.zeros((1, 1), jnp.int32)))
+    step = jax.make_jaxpr(lambda p, x, c: module.apply(p, x, jnp.zeros((1, 1), jnp.int32), cache=c))(params, x, cache)
+    shapes = [v.aval.shape for eqn in jax.tree.leaves([step.jaxpr.eqns]) for v in eqn.outvars]
+    per_head = [s for s in shapes if S in s and 4 in s and any(w in s for w in (8, 6, 12))]
+    assert any(S in s for s in shapes) and not per_head
