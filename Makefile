@@ -10,7 +10,7 @@ WORKDIR ?= runs/quickstart
 
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 INPUTS = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -37,7 +37,7 @@ types: $(VENV)/.test
 
 clean:
 	rm -rf .venv .venv-newer .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
-	find mfa_jax experiments tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are written last, so an interrupted installation is done again.
 $(VENV)/.python:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 # The suite is about CPU results; JAX_PLATFORMS=cuda (or tpu) in the environment runs it elsewhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the suite's time is LLVM optimising small programs that run once.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Self
 
-from typeguard import check_type
+from typeguard import ForwardRefPolicy, check_type
 
 
 def typechecked(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -20,10 +20,9 @@ def typechecked(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     def check(value: Any, annotation: Any) -> None:
         # Self has no meaning for a stand-in outside its class.
-        if annotation in (inspect.Parameter.empty, Any, Self):
-            return
-        # A named tuple's field annotations are strings, which typeguard cannot resolve: its class is checked alone.
-        check_type(value, annotation) if not hasattr(annotation, "_fields") else check_type(value, tuple)
+        if annotation not in (inspect.Parameter.empty, Any, Self):
+            # The field annotations of a named tuple are strings, which typeguard cannot resolve.
+            check_type(value, annotation, forward_ref_policy=ForwardRefPolicy.IGNORE)
 
     @functools.wraps(fn)
     def checked(*args: Any, **kwargs: Any) -> Any:

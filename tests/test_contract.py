@@ -23,7 +23,9 @@ CAPACITY = 12
 # A variant stays on one worker, where its compilations are shared.
 variants = pytest.mark.parametrize(
     "variant", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ATTENTION])
-encodings = pytest.mark.parametrize("encoding", ENCODINGS)
+# The inner loop runs rope; the whole suite runs the other encodings too.
+encodings = pytest.mark.parametrize(
+    "encoding", [pytest.param(name, marks=() if name == "rope" else pytest.mark.slow) for name in ENCODINGS])
 
 
 # Rounding cached keys and values to bfloat16, relative 2 ** -9, moves logits of unit variance by hundredths.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -29,8 +30,11 @@ SERVERS: dict[str, Callable[..., jax.Array]] = {
 }
 KINDS = ("plain", "alibi", "segments", "segments alibi", "offset", "offset alibi")
 servers = pytest.mark.parametrize("server", SERVERS)
-kinds = pytest.mark.parametrize("kind", KINDS)
-key_heads = pytest.mark.parametrize("K", (1, 2, 4))
+# Shared, grouped and full key heads.
+kinds_and_key_heads = pytest.mark.parametrize(("kind", "K"), (
+    ("plain", 4), ("alibi", 2), ("segments", 2), ("segments alibi", 1), ("offset", 1), ("offset", 2),
+    ("offset alibi", 4),
+))
 
 
 def oracle(
@@ -81,22 +85,25 @@ def error(actual: Any, expected: Any) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-def gradients(attention: Callable[..., jax.Array], arrays: Any, seed: int = 1) -> tuple[jax.Array, ...]:
-    """Of a random linear function of the result, by `q`, `k`, `v`."""
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out = attention(q, k, v)
-        weights = jax.random.normal(jax.random.key(seed), out.shape)
-        return jnp.sum(out.astype(jnp.float32) * weights)
+def value_and_gradients(attention: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, ...]]:
+    """Gives the result, and the gradients by `q`, `k`, `v` of its sum weighted by `weights_of` its shape."""
+    @jax.jit
+    def both(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull_back = jax.vjp(attention, q, k, v)
+        return out, *pull_back(weights_of(out.shape))
 
-    return jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+    return both
+
+
+def weights_of(shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(jax.random.key(1), shape)
 
 
 # ---- values ----------------------------------------------------------------------------------------------------
 
 
 @servers
-@kinds
-@key_heads
+@kinds_and_key_heads
 def test_equals_the_loop(server: str, kind: str, K: int) -> None:
     arrays, options = make(kind, K=K)
     scale = options.pop("scale")
@@ -105,7 +112,7 @@ def test_equals_the_loop(server: str, kind: str, K: int) -> None:
 
 
 @hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 def test_any_shape_equals_the_loop(data: st.DataObject) -> None:
     def draw(low: int, high: int) -> int:
         return data.draw(st.integers(low, high))
@@ -115,7 +122,7 @@ def test_any_shape_equals_the_loop(data: st.DataObject) -> None:
     arrays, options = make(kind, **shapes, H=draw(1, 9), h=draw(1, 9))
     expected = oracle(*arrays, **options)
     for server in SERVERS.values():
-        assert error(server(*arrays, **options), expected) < 2e-6
+        assert error(jax.jit(partial(server, **options))(*arrays), expected) < 2e-6
 
 
 @pytest.mark.parametrize("name", ("dense", "blockwise", "auto"))
@@ -168,12 +175,12 @@ def test_a_later_key_changes_no_earlier_bit(server: str) -> None:
 # ---- gradients -------------------------------------------------------------------------------------------------
 
 
-@kinds
-@key_heads
+@kinds_and_key_heads
 def test_blockwise_gradients_equal_dense_ones(kind: str, K: int) -> None:
     arrays, options = make(kind, K=K)
-    expected = gradients(partial(dense_attention, **options), arrays)
-    for actual, wanted in zip(gradients(partial(SERVERS["blockwise"], **options), arrays), expected, strict=True):
+    blockwise, dense = (value_and_gradients(partial(server, **options))(*arrays)
+                        for server in (SERVERS["blockwise"], dense_attention))
+    for actual, wanted in zip(blockwise, dense, strict=True):
         assert error(actual, wanted) < 5e-6
 
 
@@ -181,8 +188,8 @@ def test_blockwise_gradients_equal_dense_ones(kind: str, K: int) -> None:
 def test_dense_gradients_equal_differences_of_the_loop(kind: str) -> None:
     arrays, options = make(kind, B=2, T=9, S=15)
     rng = np.random.default_rng(2)
-    weights = np.asarray(jax.random.normal(jax.random.key(1), (2, 9, 4, 5)), np.float64)
-    slopes = gradients(partial(dense_attention, **options), arrays)
+    weights = np.asarray(weights_of((2, 9, 4, 5)), np.float64)
+    _, *slopes = value_and_gradients(partial(dense_attention, **options))(*arrays)
     step = 1e-5
     for index, slope in enumerate(slopes):
         direction = rng.standard_normal(arrays[index].shape)
@@ -195,10 +202,8 @@ def test_dense_gradients_equal_differences_of_the_loop(kind: str) -> None:
 def test_blockwise_gradients_do_not_see_garbage_in_the_cache() -> None:
     (q, k, v), options = make("offset")
     past = (jnp.arange(k.shape[2]) >= options["offset"][:, None] + q.shape[1])[:, None, :, None]
-    clean, dirty = (
-        gradients(partial(SERVERS["blockwise"], **options), (q, jnp.where(past, x, k), jnp.where(past, x, v)))
-        for x in (0.0, jnp.nan)
-    )
+    attention = value_and_gradients(partial(SERVERS["blockwise"], **options))
+    clean, dirty = (attention(q, jnp.where(past, x, k), jnp.where(past, x, v)) for x in (0.0, jnp.nan))
     chex.assert_trees_all_equal(clean, dirty)
 
 
@@ -223,28 +228,37 @@ def test_a_document_in_a_packed_row_equals_the_document_alone(name: str) -> None
         assert error(packed[:, span], alone) < 2e-6
 
 
+def test_queries_that_only_fill_up_a_block_pass_nothing_on() -> None:
+    """Without padding tokens no key shares the segment of the queries behind the last one: they see nothing at all."""
+    arrays, options = make("plain", B=2, K=1)
+    options["segments"] = jnp.repeat(jnp.asarray([[1, 5, 2]], jnp.int32), 7, axis=1).repeat(2, axis=0)
+    blockwise, dense = (value_and_gradients(partial(server, **options))(*arrays)
+                        for server in (SERVERS["blockwise"], dense_attention))
+    for actual, wanted in zip(blockwise, dense, strict=True):
+        assert error(actual, wanted) < 5e-6
+
+
 @pytest.mark.parametrize("name", ("dense", "blockwise"))
 def test_padding_gives_zeros_and_no_gradient(name: str) -> None:
     arrays, options = make("segments")
     padding = np.asarray(options["segments"]) == 0
     attention = partial(attend, implementation=name, **options)
-    assert padding.any() and not np.asarray(attention(*arrays))[padding].any()
-    dq, dk, dv = (np.asarray(g) for g in gradients(attention, arrays))
-    for gradient in (dq, dk.swapaxes(1, 2), dv.swapaxes(1, 2)):
-        assert np.isfinite(gradient).all()
-        assert not gradient[padding].any()
-        assert gradient[~padding].any(axis=-1).mean() > 0.9
+    out, dq, dk, dv = (np.asarray(x) for x in value_and_gradients(attention)(*arrays))
+    assert padding.any()
+    for array in (out, dq, dk.swapaxes(1, 2), dv.swapaxes(1, 2)):
+        assert np.isfinite(array).all()
+        assert not array[padding].any() and array[~padding].any()
 
 
 # ---- splash, interpreted ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("N", "K", "segments"), ((2, 1, True), (4, 2, False), (2, 2, False)))
+@pytest.mark.parametrize(("N", "K", "segments"), ((2, 1, True), (4, 2, False)))
 def test_splash_equals_dense_with_gradients(N: int, K: int, segments: bool) -> None:
-    arrays, options = make("segments" if segments else "plain", B=2, T=256, N=N, K=K, H=16, h=8)
+    arrays, options = make("segments" if segments else "plain", B=2, T=384, N=N, K=K, H=16, h=8)
     splash, dense = partial(splash_attention, interpret=True, **options), partial(dense_attention, **options)
-    assert error(splash(*arrays), dense(*arrays)) < 5e-6
-    for actual, wanted in zip(gradients(splash, arrays), gradients(dense, arrays), strict=True):
+    splashed, expected = value_and_gradients(splash)(*arrays), value_and_gradients(dense)(*arrays)
+    for actual, wanted in zip(splashed, expected, strict=True):
         assert error(actual, wanted) < 1e-5
 
 
@@ -256,29 +270,26 @@ def _splash(q: Any, k: Any, v: Any, segments: Any, scale: float) -> jax.Array:
                      q, k, v, None, segments, None)
 
 
-@pytest.mark.parametrize("set_mesh", (True, False), ids=("set_mesh", "sharded inputs only"))
-@pytest.mark.parametrize(("name", "kind", "K"), (
-    ("blockwise", "segments alibi", 1), ("blockwise", "offset", 4), ("dense", "segments", 1), ("splash", "segments", 1),
+@pytest.mark.parametrize(("name", "kind", "K", "set_mesh"), (
+    ("blockwise", "segments alibi", 1, True), ("blockwise", "segments alibi", 1, False),
+    ("blockwise", "offset", 4, True), ("dense", "segments", 1, True), ("splash", "segments", 1, True),
 ))
 def test_sharded_rows_and_heads_equal_one_device(name: str, kind: str, K: int, set_mesh: bool) -> None:
-    if name == "splash" and not set_mesh:
-        pytest.skip("a Pallas kernel is split over devices only where a mesh is set")
+    """With the mesh set, and (but for Pallas kernels, which that needs) with nothing but sharded inputs."""
     T = 128 if name == "splash" else 300
     (q, k, v), options = make(kind, B=4, T=T, S=310, N=8, K=K)
     if name == "splash":
         attention = partial(_splash, scale=options["scale"], segments=options["segments"])
     else:
         attention = partial(attend, implementation=name, **options)
-    out, expected = jax.jit(attention)(q, k, v), gradients(attention, (q, k, v))
-
+    expected = value_and_gradients(attention)(q, k, v)
     mesh = make_mesh((2, 1, 1, 1, 4))
     heads = None if K == 1 else "tensor"
     specs = (PartitionSpec("data", None, "tensor"), PartitionSpec("data", heads), PartitionSpec("data", heads))
     placed = tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip((q, k, v), specs, strict=True))
     with jax.set_mesh(mesh if set_mesh else None):
-        split_out, split = jax.jit(attention)(*placed), gradients(attention, placed)
-    assert split_out.sharding.shard_shape(split_out.shape)[0] == 2
-    assert error(split_out, out) < 1e-5
+        split = value_and_gradients(attention)(*placed)
+    assert split[0].sharding.shard_shape(split[0].shape)[0] == 2
     for actual, wanted in zip(split, expected, strict=True):
         assert error(actual, wanted) < 1e-5
 
@@ -325,7 +336,8 @@ def test_a_long_row_compiles_to_little_memory() -> None:
 @pytest.mark.slow
 def test_a_long_row_runs_in_little_memory() -> None:
     """What the process grows by, compilation included, in kilobytes."""
-    done = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True)
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", LONG], cwd=root, capture_output=True, text=True, check=True)
     assert 0 < int(done.stdout) < 2e6
 
 
@@ -340,10 +352,10 @@ def test_a_decoded_token_reads_the_cache_as_it_lies(K: int, G: int, width: int) 
         return attend(q, k, v, scale=0.1, offset=offset)
 
     text = jax.jit(decode).lower(q, cached, cached, offset).compile().as_text()
-    moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:copy|transpose)\(", text)
-    assert re.findall(r" dot\(", text)
-    sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in moved]
-    assert max(sizes, default=0) < B * K * S * width
+    entry = text[text.index("\nENTRY "):]
+    made = re.findall(r"= \w+\[([\d,]+)\]\S* (?!parameter|bitcast|get-tuple-element)[\w-]+\(", entry)
+    sizes = [int(np.prod([int(n) for n in shape.split(",")])) for shape in made]
+    assert sizes and max(sizes) < B * K * S * width
 
 
 # ---- what is chosen, what is refused ---------------------------------------------------------------------------

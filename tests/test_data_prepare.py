@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfa_jax.config import DataConfig
-from mfa_jax.data.prepare import META, SPLITS, Prepared, open_prepared, prepare
+from mfa_jax.data.prepare import prepare
+from mfa_jax.data.shards import META, SPLITS, Prepared, open_prepared
 from mfa_jax.data.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()

@@ -1,7 +1,8 @@
 """From text to batches: sources, tokenizers, token shards, the grain pipeline."""
 
 from mfa_jax.data.pipeline import Batch, Batches, eval_batches, make_loader
-from mfa_jax.data.prepare import Prepared, SplitSize, open_prepared, prepare
+from mfa_jax.data.prepare import prepare
+from mfa_jax.data.shards import Prepared, SplitSize, open_prepared
 from mfa_jax.data.sources import Document, documents
 from mfa_jax.data.tokenizers import ByteTokenizer, StreamDecoder, Tokenizer, load_tokenizer
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Integer, Shaped
 
 from mfa_jax.config import DataConfig, require
-from mfa_jax.data.prepare import Prepared, Split
+from mfa_jax.data.shards import Prepared, Split
 
 Batch = dict[str, Shaped[np.ndarray, "B T"]]
 """`inputs`, `targets`, `positions`, `segments` (int32) and `mask` (float32), each `[B, T]`.
@@ -38,7 +38,7 @@ class Windows:
         self._prepared, self._split = prepared, split
         self._length, self._separate = config.sequence_length, config.separate_documents
         whole = max(prepared.size(split).tokens - 1, 0) // self._length
-        self._rows = np.arange(whole) if rows is None else rows
+        self._rows = range(whole) if rows is None else rows
         self._maps: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:

@@ -106,7 +106,8 @@ def require_trees(items: Mapping[str, Any], leaf_kind: type, what: str) -> None:
         require(name.isidentifier() and name not in RESERVED, what, name,
                 f"must be an identifier other than {', '.join(RESERVED)}")
         leaves = leaves_by_path(tree)
+        accepted = f"must be a jax {leaf_kind.__name__.rpartition('.')[2]} with a sharding"
         require(bool(leaves), f"{what}[{name!r}]", tree, "must have at least one leaf")
         for path, leaf in leaves.items():
             require(isinstance(leaf, leaf_kind) and getattr(leaf, "sharding", None) is not None,
-                    f"{what}[{name!r}] {path}", leaf, f"must be a jax {leaf_kind.__name__.rpartition('.')[2]} with a sharding")
+                    f"{what}[{name!r}] {path}", leaf, accepted)

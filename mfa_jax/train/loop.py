@@ -9,7 +9,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -55,10 +55,14 @@ class TrainResult:
     """The last metrics, of training and, as `eval_*`, on the held-out documents."""
 
 
-def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
+def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.Device] | None = None) -> TrainResult:
     """Trains until `config.steps`, going on from the newest intact checkpoint of `config.workdir` if there is one.
 
     SIGTERM and Ctrl-C save the step that is done and return.
+
+    Args:
+      progress: whether to show how far it is.
+      devices: those of the mesh; None for all.
 
     Raises:
       ValueError: a config that cannot work (a batch that does not divide over the mesh, a vocabulary smaller than the
@@ -66,7 +70,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
       NonFiniteError: a number that is not finite; the checkpoints are those from before.
       CheckpointWriteError: a checkpoint could not be written; the earlier ones are intact.
     """
-    mesh = axes.make_mesh(dataclasses.astuple(config.mesh))
+    mesh = axes.make_mesh(dataclasses.astuple(config.mesh), devices)
     _require_divisible_batch(config, mesh)
     workdir = Path(config.workdir)
     checkpoints = Checkpoints(workdir / run.CHECKPOINTS, keep_last=config.keep_checkpoints)
@@ -126,11 +130,14 @@ def _items(state: Any) -> dict[str, Any]:
 
 
 def _open_data(config: TrainConfig, workdir: Path) -> tuple[Tokenizer, Prepared]:
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    saved = workdir / run.TOKENIZER
+    # A run keeps its tokenizer: it goes on without the file it came from.
+    tokenizer = load_tokenizer(saved if saved.exists() else config.data.tokenizer)
     require(config.model.vocab_size >= tokenizer.vocab_size, "model.vocab_size", config.model.vocab_size,
             f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {config.data.tokenizer!r}")
     prepared = prepare(config.data, config.data.prepared or workdir / run.DATA, tokenizer)
-    tokenizer.save(workdir / run.TOKENIZER)
+    if not saved.exists():
+        tokenizer.save(saved)
     return tokenizer, prepared
 
 

@@ -1,0 +1,278 @@
+"""Training: one step against its definition, resuming bit for bit, other meshes, and what stops a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mfa_jax import axes
+from mfa_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mfa_jax.model.transformer import Transformer
+from mfa_jax.train import loop, run
+from mfa_jax.train.loop import NonFiniteError, train
+from mfa_jax.train.metrics import MetricsWriter
+from mfa_jax.train.optimizer import make_optimizer, make_schedule
+from mfa_jax.train.step import BATCH_SPEC, create_state, make_train_step, state_layout, watched_leaves
+from tests.contract import ATTENTION, model_config
+
+ROOT = Path(__file__).resolve().parent.parent
+ONE = MeshConfig(data=1)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten files of this package's own source."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for path in sorted((ROOT / "mfa_jax").rglob("*.py"))[:10]:
+        (folder / f"{path.parent.name}_{path.name}").write_text(path.read_text() or "pass\n")
+    return folder
+
+
+def config_for(workdir: Path, corpus: Path, variant: str = "mfa", **changes: object) -> TrainConfig:
+    config = TrainConfig(
+        workdir=str(workdir), model=dataclasses.replace(model_config(variant), vocab_size=264), mesh=ONE,
+        data=DataConfig(source=str(corpus), sequence_length=32, batch_size=8, held_out=0.1),
+        optimizer=OptimizerConfig(warmup_steps=2, schedule_steps=6), steps=6, log_every=2, save_every=2, eval_every=3, eval_batches=2)
+    return dataclasses.replace(config, **changes)
+
+
+def train_on_one(config: TrainConfig) -> loop.TrainResult:
+    return train(config, progress=False, devices=jax.devices()[:1])
+
+
+def synthetic_batch(config: TrainConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    r = np.random.default_rng(seed)
+    shape = (config.data.batch_size, config.data.sequence_length)
+    tokens = r.integers(0, config.model.vocab_size, (2, *shape)).astype(np.int32)
+    segments = np.sort(r.integers(1, 4, shape), axis=1).astype(np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    return {"inputs": tokens[0], "targets": tokens[1], "positions": positions, "segments": segments,
+            "mask": (r.random(shape) < 0.8).astype(np.float32)}
+
+
+def one_step(config: TrainConfig, devices: int) -> tuple[object, dict[str, jax.Array]]:
+    """State and metrics after one update of the fresh state, on a mesh of so many devices."""
+    mesh = axes.make_mesh(dataclasses.astuple(config.mesh), jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        model = Transformer(config.model)
+        optimizer = make_optimizer(config.optimizer, config.steps, run.abstract_params(model, mesh))
+        layout = state_layout(config, model, optimizer, mesh)
+        state = create_state(config, model, optimizer, layout)
+        step = jax.jit(make_train_step(config, model, optimizer, make_schedule(config.optimizer, config.steps)),
+                       donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, layout), None))
+        where = jax.sharding.NamedSharding(mesh, BATCH_SPEC)
+        batch = {name: jax.device_put(x, where) for name, x in synthetic_batch(config).items()}
+        before = state.params["embed"]
+        state, metrics = step(state, batch)
+        assert before.is_deleted(), "the state must be donated"
+        return state, metrics
+
+
+def sgd_config(workdir: Path, variant: str, **changes: object) -> TrainConfig:
+    """Large clip and a step without adaptive scaling, so that parameter differences are gradient differences."""
+    return config_for(workdir, workdir, variant, optimizer=OptimizerConfig(
+        warmup_steps=0, schedule="constant", learning_rate=1e-2, eps=1.0, clip_norm=None, weight_decay=0.0), **changes)
+
+
+@pytest.mark.parametrize("variant", [
+    "mfa", *(pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION if name != "mfa")])
+def test_sharded_step_equals_single_device_leaf_by_leaf(variant: str, tmp_path: Path) -> None:
+    """Adam with eps = 1 moves a parameter by about lr * gradient, so wrong gradients show; they agree to rounding."""
+    single, single_metrics = one_step(sgd_config(tmp_path, variant), 1)
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+    sharded, sharded_metrics = one_step(sgd_config(tmp_path, variant, mesh=mesh), 8)
+    chex.assert_trees_all_close(jax.device_get(single_metrics), jax.device_get(sharded_metrics), rtol=2e-5, atol=1e-7)
+    moments = jax.device_get((single.optimizer, sharded.optimizer))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(moments[0]), jax.tree.leaves(moments[1]), strict=True):
+        scale = np.abs(a).max() + 1e-12
+        assert np.abs(a - b).max() <= 2e-5 * scale, jax.tree_util.keystr(path)
+    split = sharded.params["layers"]["ffn"]["W_up"]
+    assert split.addressable_shards[0].data.size * 4 == split.size, "fsdp and tensor must each halve a projection"
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulated_gradient_equals_the_full_batch(accumulate: int, tmp_path: Path) -> None:
+    """The mask differs between parts, so a mean of means would be wrong."""
+    full, full_metrics = one_step(sgd_config(tmp_path, "mfa"), 1)
+    parts, metrics = one_step(sgd_config(tmp_path, "mfa", accumulate=accumulate), 1)
+    chex.assert_trees_all_close(jax.device_get(full.params), jax.device_get(parts.params), atol=1e-6)
+    chex.assert_trees_all_close(jax.device_get(full_metrics), jax.device_get(metrics), rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_is_what_optax_says_and_ema_follows(tmp_path: Path) -> None:
+    config = config_for(tmp_path, tmp_path, ema_decay=0.5)
+    state, metrics = one_step(config, 1)
+    model = Transformer(config.model)
+    mesh = axes.make_mesh((1,) * 5, jax.devices()[:1])
+    optimizer = make_optimizer(config.optimizer, config.steps, run.abstract_params(model, mesh))
+    start = create_state(config, model, optimizer, state_layout(config, model, optimizer, mesh))
+    batch = synthetic_batch(config)
+
+    def loss(params: dict) -> jax.Array:
+        logits, _ = model.apply({"params": params}, batch["inputs"], batch["positions"], batch["segments"])
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(batch["targets"]))
+        return jnp.sum(nll * batch["mask"]) / jnp.sum(batch["mask"])
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(start.params)
+    updates, _ = optimizer.update(grads, start.optimizer, start.params)
+    expected = optax.apply_updates(start.params, updates)
+    chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(expected), atol=2e-6)
+    average = jax.tree.map(lambda a, b: (a + b) / 2, start.params, expected)
+    chex.assert_trees_all_close(jax.device_get(state.ema), jax.device_get(average), atol=2e-6)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def straight(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, loop.TrainResult]:
+    """Six steps in one start."""
+    config = config_for(tmp_path_factory.mktemp("straight"), corpus, "mfa_kr", ema_decay=0.9)
+    return config, train_on_one(config)
+
+
+def saved_leaves(config: TrainConfig, item: str = "params") -> dict:
+    return jax.device_get(run.load_trained(config.workdir, ema=item == "ema").params)
+
+
+def metric_lines(workdir: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_resuming_equals_the_uninterrupted_run_bit_for_bit(
+    straight: tuple[TrainConfig, loop.TrainResult], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to stop in the middle of six steps, started again: the same parameters, average, losses and data."""
+    config = dataclasses.replace(straight[0], workdir=str(tmp_path))
+    written = MetricsWriter.write
+
+    def stop_at_four(self: MetricsWriter, step: int, values: dict) -> None:
+        written(self, step, values)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsWriter, "write", stop_at_four)
+    first = train_on_one(config)
+    assert first.interrupted and first.step == 4
+    monkeypatch.undo()
+    second = train_on_one(config)
+    assert second.step == 6 and not second.interrupted
+    for item in ("params", "ema"):
+        chex.assert_trees_all_equal(saved_leaves(config, item), saved_leaves(straight[0], item))
+    mine, theirs = metric_lines(config.workdir), metric_lines(straight[0].workdir)
+    speed = {"tokens_per_second"}
+    assert [{k: v for k, v in line.items() if k not in speed} for line in mine] == [
+        {k: v for k, v in line.items() if k not in speed} for line in theirs]
+
+
+def test_metrics_say_what_a_run_needs(straight: tuple[TrainConfig, loop.TrainResult]) -> None:
+    lines = metric_lines(straight[0].workdir)
+    assert [line["step"] for line in lines] == [2, 3, 4, 6]
+    named = {"loss", "bits_per_byte", "grad_norm", "update_norm", "learning_rate", "tokens_per_second",
+             "alpha_norm/layer_0", "alpha_norm/layer_1"}
+    assert named <= set(lines[0])
+    assert {"eval_loss", "eval_bits_per_byte", "eval_ema_loss"} <= set(lines[1])
+    assert lines[0]["loss"] / np.log(2) == pytest.approx(lines[0]["bits_per_byte"], rel=0.01)
+    assert straight[1].metrics["eval_loss"] == lines[-1]["eval_loss"]
+    assert straight[1].metrics["eval_loss"] < np.log(264)
+
+
+def test_a_run_goes_on_with_another_mesh(straight: tuple[TrainConfig, loop.TrainResult], tmp_path: Path) -> None:
+    """One device to eight, split three ways, and back: each start reads the checkpoint of the one before."""
+    config = dataclasses.replace(straight[0], workdir=str(tmp_path), steps=2)
+    train_on_one(config)
+    train(dataclasses.replace(config, steps=4, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), progress=False)
+    two = MeshConfig(data=1, fsdp=2)
+    train(dataclasses.replace(config, steps=6, mesh=two), progress=False, devices=jax.devices()[:2])
+    losses, expected = ({line["step"]: line["loss"] for line in metric_lines(where) if "loss" in line}
+                        for where in (config.workdir, straight[0].workdir))
+    assert losses.keys() == expected.keys() == {2, 4, 6}
+    assert losses[2] == expected[2]
+    np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-3)
+
+
+def test_not_a_number_stops_with_step_and_leaf_and_keeps_the_checkpoint(
+    straight: tuple[TrainConfig, loop.TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(straight[0], workdir=str(tmp_path))
+    honest = loop.make_train_step
+
+    def poisoned(config: TrainConfig, *rest: object) -> object:
+        step = honest(config, *rest)
+
+        def bad_from_step_three(state: object, batch: dict) -> object:
+            scale = jnp.where(state.step >= 3, jnp.nan, 1.0)
+            params = {**state.params, "final_norm": {"scale": state.params["final_norm"]["scale"] * scale}}
+            return step(state._replace(params=params), batch)
+
+        return bad_from_step_three
+
+    monkeypatch.setattr(loop, "make_train_step", poisoned)
+    with pytest.raises(NonFiniteError, match=r"step 4: gradient of embed is not finite"):
+        train_on_one(config)
+    monkeypatch.undo()
+    trained = run.load_trained(tmp_path)
+    assert trained.step == 2 and not trained.skipped
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(jax.device_get(trained.params)))
+
+
+def test_watched_leaves_name_gradients_then_updates() -> None:
+    assert watched_leaves({"a": 1, "b": {"c": 2}}) == [
+        "gradient of a", "gradient of b/c", "update of a", "update of b/c"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"data": DataConfig(source="stdlib", batch_size=6)}, r"data.batch_size=6: .* multiple of the 4 shards"),
+    ({"mesh": MeshConfig(data=3)}, r"mesh data=3, .* needs 3 devices, there are 4"),
+    ({"data": DataConfig(source="/nonexistent/corpus", batch_size=8)}, r"nonexistent"),
+    ({"model": dataclasses.replace(model_config("mfa"), vocab_size=100)}, r"model.vocab_size=100: must be at least 264"),
+])
+def test_what_cannot_work_is_refused(changes: dict, message: str, corpus: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(config_for(tmp_path, corpus, mesh=MeshConfig()), **changes)
+    with pytest.raises(ValueError, match=message):
+        train(config, progress=False, devices=jax.devices()[:4])
+
+
+def test_another_model_in_the_same_workdir_is_refused(straight: tuple[TrainConfig, loop.TrainResult]) -> None:
+    other = dataclasses.replace(straight[0], model=dataclasses.replace(straight[0].model, ffn_dim=48))
+    with pytest.raises(ValueError, match=r"holds a run of another model: model.ffn_dim=48 \(saved: 32\)"):
+        train_on_one(other)
+    with pytest.raises(ValueError, match=r"steps=4: the run in .* is at step 6 already"):
+        train_on_one(dataclasses.replace(straight[0], steps=4))
+
+
+def test_reading_a_run_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run"):
+        run.load_trained(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_the_script_saves_when_told_to_stop_and_resumes(how: signal.Signals, corpus: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.train", "--preset", "tiny-mfa", "--data.source", str(corpus),
+               "--data.sequence-length", "32", "--mesh.data", "1", "--workdir", str(tmp_path), "--save-every", "100000"]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    child = subprocess.Popen([*command, "--steps", "100000"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "metrics.jsonl"
+    while child.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.1)
+    child.send_signal(how)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    step = run.load_trained(tmp_path).step
+    assert step >= 10
+    done = subprocess.run([*command, "--steps", str(step + 2)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and f"resumed at step {step}" in done.stderr
+    assert run.load_trained(tmp_path).step == step + 2
