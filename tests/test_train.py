@@ -119,11 +119,11 @@ def test_a_step_is_what_optax_says_and_ema_follows(tmp_path: Path) -> None:
     mesh = axes.make_mesh((1,) * 5, jax.devices()[:1])
     optimizer = make_optimizer(config.optimizer, config.steps, run.abstract_params(model, mesh))
     start = create_state(config, model, optimizer, state_layout(config, model, optimizer, mesh))
-    batch = synthetic_batch(config)
+    batch = jax.tree.map(jnp.asarray, synthetic_batch(config))
 
     def loss(params: dict) -> jax.Array:
         logits, _ = model.apply({"params": params}, batch["inputs"], batch["positions"], batch["segments"])
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(batch["targets"]))
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
         return jnp.sum(nll * batch["mask"]) / jnp.sum(batch["mask"])
 
     value, grads = jax.jit(jax.value_and_grad(loss))(start.params)

@@ -1,0 +1,193 @@
+"""Decoding: against a plain loop over the full forward, ragged rows, stops, seeds, streaming, compilations, errors."""
+
+from __future__ import annotations
+
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mfa_jax import axes
+from mfa_jax.data import ByteTokenizer
+from mfa_jax.generate import SamplingConfig, bucket, complete, generate, stream, stream_text
+from mfa_jax.generate import loop as generate_loop
+from tests.contract import ATTENTION, V, compiled, model_config, tokens
+
+GREEDY = SamplingConfig(temperature=0)
+KEY = jax.random.key(0)
+LENGTHS = np.array([3, 7, 5])
+PROMPTS = np.asarray(tokens(4, (3, 7)))
+NEW = 6
+
+
+def test_buckets_waste_at_most_half() -> None:
+    assert [bucket(n) for n in (1, 32, 33, 48, 49, 64, 65, 97, 128, 129)] == [
+        32, 32, 48, 48, 64, 64, 96, 128, 128, 192]
+
+
+@pytest.mark.parametrize("variant", [
+    "mfa", *(pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION if name != "mfa")])
+def test_greedy_equals_a_loop_over_the_full_forward(variant: str) -> None:
+    """Each row alone, the whole text forwarded again for every token; log-probabilities of what was chosen besides."""
+    c = compiled(model_config(variant))
+    found = generate(c.model, c.params, PROMPTS, LENGTHS, GREEDY, KEY, max_new_tokens=NEW)
+    assert found.tokens.shape == (3, NEW) and found.lengths.tolist() == [NEW] * 3
+    for row, length in enumerate(LENGTHS):
+        text = np.zeros((1, 16), np.int32)
+        text[0, :length] = PROMPTS[row, :length]
+        for t in range(NEW):
+            logits = np.asarray(c.full(c.params, text))[0, length + t - 1].astype(np.float64)
+            text[0, length + t] = logits.argmax()
+            logprob = logits.max() - np.log(np.exp(logits).sum())
+            np.testing.assert_allclose(found.logprobs[row, t], logprob, atol=1e-4)
+        assert found.tokens[row].tolist() == text[0, length : length + NEW].tolist()
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    """Neither greedy nor sampled: row 1 stays bit-equal when the other prompts change."""
+    c = compiled(model_config("mfa"))
+    others = PROMPTS.copy()
+    others[[0, 2]] = (others[[0, 2]] + 5) % V
+    for sampling in (GREEDY, SamplingConfig(temperature=0.8, top_k=9, top_p=0.9)):
+        a, b = (generate(c.model, c.params, p, LENGTHS, sampling, KEY, max_new_tokens=NEW) for p in (PROMPTS, others))
+        assert a.tokens[1].tolist() == b.tokens[1].tolist()
+        assert a.logprobs[1].tolist() == b.logprobs[1].tolist()
+
+
+def test_the_seed_decides() -> None:
+    c = compiled(model_config("mfa"))
+    same, again, other = (
+        generate(c.model, c.params, PROMPTS, LENGTHS, SamplingConfig(), jax.random.key(seed), max_new_tokens=NEW)
+        for seed in (1, 1, 2))
+    chex.assert_trees_all_equal(same, again)
+    assert same.tokens.tolist() != other.tokens.tolist()
+
+
+def test_rows_end_at_their_own_stop_tokens() -> None:
+    c = compiled(model_config("mfa"))
+    free = np.asarray(generate(c.model, c.params, PROMPTS, LENGTHS, GREEDY, KEY, max_new_tokens=NEW).tokens)
+    stops = np.array([[free[0, 2]], [-1], [free[2, 0]]])
+    found = generate(c.model, c.params, PROMPTS, LENGTHS, GREEDY, KEY, max_new_tokens=NEW, stop_tokens=stops)
+    ends = [free[0].tolist().index(free[0, 2]) + 1, NEW, 1]
+    assert found.lengths.tolist() == ends and found.stopped.tolist() == [True, False, True]
+    for row, end in enumerate(ends):
+        assert found.tokens[row].tolist() == [*free[row, :end], *[-1] * (NEW - end)]
+        assert np.all(np.asarray(found.logprobs[row, end:]) == 0)
+
+
+def test_repetition_penalty_counts_the_prompt_and_what_was_generated() -> None:
+    """With an extreme penalty no token of the row comes twice while fresh ones are left."""
+    c = compiled(model_config("mfa"))
+    sampling = SamplingConfig(temperature=0, repetition_penalty=100.0)
+    found = generate(c.model, c.params, PROMPTS, LENGTHS, sampling, KEY, max_new_tokens=NEW)
+    plain = generate(c.model, c.params, PROMPTS, LENGTHS, GREEDY, KEY, max_new_tokens=NEW)
+    assert found.tokens.tolist() != plain.tokens.tolist()
+    for row, length in enumerate(LENGTHS):
+        text = [*PROMPTS[row, :length].tolist(), *found.tokens[row].tolist()]
+        positive = [t for t in range(length, len(text)) if text[t] in text[:t]]
+        logits = np.asarray(c.full(c.params, np.array([text + [0] * (16 - len(text))])))[0]
+        assert all(logits[t - 1].max() <= 0 or t not in positive for t in range(length, len(text)))
+
+
+def test_streaming_ends_at_what_generate_returns() -> None:
+    c = compiled(model_config("mfa"))
+    sampling = SamplingConfig(temperature=0.9)
+    whole = generate(c.model, c.params, PROMPTS, LENGTHS, sampling, KEY, max_new_tokens=NEW)
+    parts = list(stream(c.model, c.params, PROMPTS, LENGTHS, sampling, KEY, max_new_tokens=NEW, chunk=2))
+    assert [int(p.lengths[0]) for p in parts] == [1, 3, 5, 6]
+    for part in parts:
+        size = int(part.lengths[0])
+        assert part.tokens[:, :size].tolist() == np.asarray(whole.tokens)[:, :size].tolist()
+    chex.assert_trees_all_close(parts[-1], jax.device_get(whole), atol=1e-6)
+
+
+def test_text_in_text_out() -> None:
+    c = compiled(model_config("mfa", vocab_size=264))
+    sampling = SamplingConfig(temperature=1.0)
+    options = {"max_new_tokens": 12}
+    tokenizer = ByteTokenizer()
+    both = complete(c.model, c.params, tokenizer, ["def f", "class"], sampling, KEY, **options)
+    pieces = stream_text(c.model, c.params, tokenizer, "def f", sampling, KEY, **options)
+    assert "".join(pieces) == both[0]
+    with pytest.raises(ValueError, match="prompt='': must have at least one token"):
+        complete(c.model, c.params, tokenizer, [""], sampling, KEY, **options)
+
+
+def test_a_conversation_compiles_once_per_bucket() -> None:
+    """Turns of growing length and other limits reuse one program until a bucket is full."""
+    c = compiled(model_config("mfa"))
+
+    def turn(length: int, new: int) -> None:
+        prompts = np.ones((1, length), np.int32)
+        generate(c.model, c.params, prompts, [length], GREEDY, KEY, max_new_tokens=new)
+
+    turn(10, 9)
+    before = generate_loop._generate._cache_size()
+    for length, new in ((4, 3), (12, 20), (19, 12)):
+        turn(length, new)
+    assert generate_loop._generate._cache_size() == before
+    turn(40, 9)
+    assert generate_loop._generate._cache_size() == before + 1
+
+
+def test_sharded_decoding_equals_one_device() -> None:
+    c = compiled(model_config("gqa"))
+    expected = generate(c.model, c.params, PROMPTS, LENGTHS, GREEDY, KEY, max_new_tokens=NEW)
+    mesh = axes.make_mesh((2, 2, 1, 1, 2))
+    with jax.set_mesh(mesh):
+        boxed = jax.eval_shape(c.model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+        params = jax.device_put(c.params, axes.shardings(boxed, mesh))
+        rows = np.concatenate([PROMPTS, PROMPTS[:1]])
+        found = generate(c.model, params, rows, [*LENGTHS, LENGTHS[0]], GREEDY, KEY, max_new_tokens=NEW)
+    assert found.tokens[:3].tolist() == expected.tokens.tolist()
+    np.testing.assert_allclose(found.logprobs[:3], expected.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"capacity": 6}, r"prompts=7: a prompt is longer than the cache, capacity=6"),
+    ({"capacity": 10}, r"max_new_tokens=6: must be at most 3"),
+    ({"max_new_tokens": 0}, r"max_new_tokens=0: must be at least 1"),
+    ({"prompts": PROMPTS + V}, r"token ids must be in 0 .. 31"),
+    ({"lengths": np.array([0, 7, 5])}, r"lengths=\[0, 7, 5\]: must be in 1 .. 7"),
+    ({"lengths": np.array([8, 7, 5])}, r"lengths=\[8, 7, 5\]: must be in 1 .. 7"),
+    ({"lengths": np.array([7, 5])}, r"lengths=\(2,\): must have shape \(3,\)"),
+    ({"prompts": PROMPTS[0]}, r"prompts=\(7,\): must be token ids of shape"),
+    ({"stop_tokens": np.zeros((2, 1))}, r"stop_tokens=\(2, 1\): must have 3 rows"),
+])
+def test_what_cannot_work_is_refused(changes: dict, message: str) -> None:
+    c = compiled(model_config("mfa"))
+    arguments = {"prompts": PROMPTS, "lengths": LENGTHS, "max_new_tokens": NEW} | changes
+    with pytest.raises(ValueError, match=message):
+        generate(c.model, c.params, arguments.pop("prompts"), arguments.pop("lengths"), GREEDY, KEY, **arguments)
+
+
+def test_padding_may_hold_anything() -> None:
+    c = compiled(model_config("mfa"))
+    padded = np.where(np.arange(7) < LENGTHS[:, None], PROMPTS, -77)
+    a, b = (generate(c.model, c.params, p, LENGTHS, GREEDY, KEY, max_new_tokens=NEW) for p in (PROMPTS, padded))
+    chex.assert_trees_all_equal(a, b)
+
+
+@settings(max_examples=40)
+@given(lengths=st.lists(st.integers(-1, 9), min_size=1, max_size=3), width=st.integers(0, 8),
+       new=st.integers(-2, 40), capacity=st.none() | st.integers(0, 40), high=st.integers(0, 2 * V))
+def test_arguments_work_or_are_refused(
+    lengths: list[int], width: int, new: int, capacity: int | None, high: int
+) -> None:
+    """What is accepted fits the cache; all else is a ValueError. Nothing is compiled here."""
+    c = compiled(model_config("mfa"))
+    prompts = np.full((len(lengths), width), high)
+    try:
+        padded, kept, _, buffer, size = generate_loop._prepare(c.model, prompts, lengths, new, (), capacity)
+    except ValueError:
+        fits = capacity is None or max(lengths) + new <= capacity
+        assert not (width and all(1 <= n <= width for n in lengths) and new >= 1 and high < V and fits)
+    else:
+        assert kept.tolist() == lengths and padded.shape[1] <= size and buffer >= new
+        assert max(lengths) + new <= size
+
+
