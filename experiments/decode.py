@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -27,7 +27,7 @@ class DecodeConfig:
     workdir: str
     """Folder of the run."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Text to continue; may be given several times. None given: lines are read from the terminal, one after the other."""
+    """Text to continue; may be given several times. Without any, lines are read from the terminal, one by one."""
     max_new_tokens: int = 256
     """At most so many tokens a prompt."""
     temperature: float = 1.0
@@ -59,7 +59,7 @@ class DecodeConfig:
 
 
 def _decode(config: DecodeConfig, trained: Trained, prompts: tuple[str, ...]) -> None:
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens, "capacity": config.capacity, "cache_dtype": config.cache_dtype,
         "stop_at_end": config.stop_at_end,
     }

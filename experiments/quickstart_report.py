@@ -35,7 +35,14 @@ class Row:
     ter: int = _column("TER")
 
 
-def write(workdir: Path, config: TrainConfig, metrics: dict[str, float], texts: dict[str, str], rows: Sequence[Row]) -> Path:
+def cells(row: Row) -> list[str]:
+    """A row of the table as text."""
+    return [f"{value:,.0f}" if isinstance(value, (int, float)) else value for value in dataclasses.astuple(row)]
+
+
+def write(
+    workdir: Path, config: TrainConfig, metrics: dict[str, float], texts: dict[str, str], rows: Sequence[Row]
+) -> Path:
     """Writes the page and its pictures into `workdir`; returns the page's path."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     _plot_loss(lines, workdir / "loss.png")
@@ -52,9 +59,9 @@ def write(workdir: Path, config: TrainConfig, metrics: dict[str, float], texts: 
 def _page(config: TrainConfig, metrics: dict[str, float], texts: dict[str, str], rows: Sequence[Row]) -> str:
     fields = dataclasses.fields(Row)
     header = "| " + " | ".join(f.metadata["title"] for f in fields) + " |"
-    body = ["| " + " | ".join(str(getattr(row, f.name)) if isinstance(getattr(row, f.name), str)
-                              else f"{getattr(row, f.name):,.0f}" for f in fields) + " |" for row in rows]
+    body = ["| " + " | ".join(cells(row)) + " |" for row in rows]
     mha, mfa, kr = (next(r for r in rows if r.variant == name) for name in ("mha", "mfa", "mfa-kr"))
+    smaller = [mha.cache_bytes_measured / row.cache_bytes_measured for row in (mfa, kr)]
     written = "\n".join(f"```python\n{prompt}{text}\n```\n" for prompt, text in texts.items())
     return f"""# Quickstart: an MFA language model
 
@@ -72,9 +79,8 @@ prompt.
 {written}
 ## What the factorization buys
 
-Six variants of this size, matched in parameters. The cache of MFA is {mha.cache_bytes_measured / mfa.cache_bytes_measured:.1f}
-times smaller than MHA's and that of MFA-KR {mha.cache_bytes_measured / kr.cache_bytes_measured:.1f} times, measured on
-the allocated arrays; MFA's total effective rank is {mfa.ter / mha.ter:.1f} times MHA's.
+Six variants of this size, matched in parameters. The cache of MFA is {smaller[0]:.1f} times smaller than MHA's
+and that of MFA-KR {smaller[1]:.1f} times, measured on the allocated arrays; MFA's total effective rank is {mfa.ter / mha.ter:.1f} times MHA's.
 
 {header}
 |{" --- |" * len(fields)}

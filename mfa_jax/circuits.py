@@ -81,7 +81,7 @@ def effective_rank(spectrum: np.ndarray) -> np.ndarray:
 
 
 def circuits(params: Any, layer: int) -> Circuits:
-    """The circuits of layer `layer` of a model's parameters (layers stacked on the leading axis, as training keeps them).
+    """The circuits of layer `layer` of a model's parameters, which are stacked over layers, as training keeps them.
 
     The variant is read off the parameters' names. For MFA-KR the value is that of `reuse="pre_rope"`.
 
@@ -128,6 +128,7 @@ def _product_spectrum(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Singular values of `left_n @ right_n` (`[N, D, r]`, `[N, r, D]`) without the `[D, D]` products."""
     if left.shape[1] <= left.shape[2]:
         return np.linalg.svd(left @ right, compute_uv=False)
-    left_core = np.linalg.qr(left, mode="r")
-    right_core = np.linalg.qr(right.swapaxes(1, 2), mode="r")
+    # numpy's types know only the mode that returns Q and R.
+    left_core: Any = np.linalg.qr(left, mode="r")
+    right_core: Any = np.linalg.qr(right.swapaxes(1, 2), mode="r")
     return np.linalg.svd(left_core @ right_core.swapaxes(1, 2), compute_uv=False)

@@ -1,13 +1,20 @@
-"""What attention variants and the model share: RMSNorm, and a weight with its initial scale and its axes."""
+"""What attention variants and the model share: RMSNorm, and parameters with their initial scale and their axes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
+
+
+def partitioned(initializer: Callable[..., Array], axes: tuple[str | None, ...]) -> Callable[..., Array]:
+    """`initializer` for `Module.param`, noting the logical axes of the array that it makes."""
+    boxed: Callable[..., Any] = nn.with_logical_partitioning(initializer, axes)
+    return boxed
 
 
 def weight(
@@ -19,7 +26,7 @@ def weight(
     With `fan_in` the number of elements that one output element sums over, an input of unit variance gives an output
     of variance `scale ** 2`, whatever the widths are.
     """
-    initializer = nn.with_logical_partitioning(nn.initializers.normal(scale / fan_in**0.5), axes)
+    initializer = partitioned(nn.initializers.normal(scale / fan_in**0.5), axes)
     return module.param(name, initializer, shape, param_dtype).astype(dtype)
 
 
@@ -33,8 +40,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],),
-                           self.param_dtype)
+        scale = self.param("scale", partitioned(nn.initializers.ones, (self.axis,)), (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return normed.astype(self.dtype) * scale.astype(self.dtype)

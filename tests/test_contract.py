@@ -212,7 +212,8 @@ def test_gqa_with_repeated_key_heads_is_mha(kv_heads: int) -> None:
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
     gqa = attention.build(GQAConfig(num_heads=4, num_kv_heads=kv_heads, head_dim=8), PositionConfig())
     p = nn.unbox(gqa.init(jax.random.key(0), x, positions))["params"]
-    q, k, v = (np.einsum("btd,dnh->btnh", x, np.repeat(p[n], 4 // p[n].shape[1], axis=1)) for n in ("W_Q", "W_K", "W_V"))
+    q, k, v = (np.einsum("btd,dnh->btnh", x, np.repeat(p[name], 4 // p[name].shape[1], axis=1))
+               for name in ("W_Q", "W_K", "W_V"))
     angles = np.arange(7)[:, None] * 500000.0 ** (-np.arange(0, 8, 2) / 8)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
     q, k = (np.concatenate([y[..., :4] * cos - y[..., 4:] * sin, y[..., 4:] * cos + y[..., :4] * sin], -1)

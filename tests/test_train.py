@@ -45,7 +45,8 @@ def config_for(workdir: Path, corpus: Path, variant: str = "mfa", **changes: obj
     config = TrainConfig(
         workdir=str(workdir), model=dataclasses.replace(model_config(variant), vocab_size=264), mesh=ONE,
         data=DataConfig(source=str(corpus), sequence_length=32, batch_size=8, held_out=0.1),
-        optimizer=OptimizerConfig(warmup_steps=2, schedule_steps=6), steps=6, log_every=2, save_every=2, eval_every=3, eval_batches=2)
+        optimizer=OptimizerConfig(warmup_steps=2, schedule_steps=6), steps=6, log_every=2,
+        save_every=2, eval_every=3, eval_batches=2)
     return dataclasses.replace(config, **changes)
 
 
@@ -237,7 +238,7 @@ def test_watched_leaves_name_gradients_then_updates() -> None:
     ({"data": DataConfig(source="stdlib", batch_size=6)}, r"data.batch_size=6: .* multiple of the 4 shards"),
     ({"mesh": MeshConfig(data=3)}, r"mesh data=3, .* needs 3 devices, there are 4"),
     ({"data": DataConfig(source="/nonexistent/corpus", batch_size=8)}, r"nonexistent"),
-    ({"model": dataclasses.replace(model_config("mfa"), vocab_size=100)}, r"model.vocab_size=100: must be at least 264"),
+    ({"model": dataclasses.replace(model_config("mfa"), vocab_size=100)}, r"vocab_size=100: must be at least 264"),
 ])
 def test_what_cannot_work_is_refused(changes: dict, message: str, corpus: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(config_for(tmp_path, corpus, mesh=MeshConfig()), **changes)
@@ -264,7 +265,8 @@ def test_the_script_saves_when_told_to_stop_and_resumes(how: signal.Signals, cor
     command = [sys.executable, "-m", "experiments.train", "--preset", "tiny-mfa", "--data.source", str(corpus),
                "--data.sequence-length", "32", "--mesh.data", "1", "--workdir", str(tmp_path), "--save-every", "100000"]
     environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    child = subprocess.Popen([*command, "--steps", "100000"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    where = {"cwd": ROOT, "env": environment, "text": True}
+    child = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, **where)
     metrics = tmp_path / "metrics.jsonl"
     while child.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.1)
@@ -273,6 +275,6 @@ def test_the_script_saves_when_told_to_stop_and_resumes(how: signal.Signals, cor
     assert child.returncode == 0, errors
     step = run.load_trained(tmp_path).step
     assert step >= 10
-    done = subprocess.run([*command, "--steps", str(step + 2)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "--steps", str(step + 2)], capture_output=True, **where)
     assert done.returncode == 0 and f"resumed at step {step}" in done.stderr
     assert run.load_trained(tmp_path).step == step + 2

@@ -48,7 +48,8 @@ class GQA(nn.Module):
         W_Q = weight(self, "W_Q", (D, N, H), ("embed", "heads", "head_dim"), fan_in=D, **types)
         W_K = weight(self, "W_K", (D, K, H), ("embed", kv_axis, "head_dim"), fan_in=D, **types)
         W_V = weight(self, "W_V", (D, K, H), ("embed", kv_axis, "head_dim"), fan_in=D, **types)
-        W_O = weight(self, "W_O", (N, H, D), ("heads", "head_dim", "embed"), fan_in=N * H, scale=self.out_scale, **types)
+        W_O = weight(self, "W_O", (N, H, D), ("heads", "head_dim", "embed"), fan_in=N * H, scale=self.out_scale,
+                     **types)
 
         encoding = Encoding(self.position, H, N, inv_freq)
         q = encoding.rotate(jnp.einsum("BTD,DNH->BTNH", x, W_Q), positions, head_axis=2)

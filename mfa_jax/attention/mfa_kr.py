@@ -13,7 +13,7 @@ from mfa_jax.attention.encoding import Encoding
 from mfa_jax.attention.mfa import factored_queries
 from mfa_jax.cache import KeyCache, allocate
 from mfa_jax.config import MFAKRConfig, PositionConfig
-from mfa_jax.layers import weight
+from mfa_jax.layers import partitioned, weight
 
 
 def init_cache(config: MFAKRConfig, batch: int, capacity: int, dtype: Any) -> KeyCache:
@@ -49,8 +49,8 @@ class MFAKR(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         S_k = weight(self, "S_k", (D, C), ("embed", "latent"), fan_in=D, **types)
         N_kr = weight(self, "N_kr", (C, C), ("latent", None), fan_in=C, scale=c.n_kr_init_scale, **types)
-        alpha = self.param("alpha", nn.with_logical_partitioning(nn.initializers.constant(c.alpha_init), ("latent",)),
-                           (C,), self.param_dtype).astype(self.dtype)
+        alpha = self.param("alpha", partitioned(nn.initializers.constant(c.alpha_init), ("latent",)), (C,),
+                           self.param_dtype).astype(self.dtype)
         O = weight(self, "O", (N, C, D), ("heads", "latent", "embed"), fan_in=N * C, scale=self.out_scale, **types)
 
         def values(key: Float[Array, "*B C"]) -> Float[Array, "*B C"]:

@@ -52,7 +52,8 @@ class MLA(nn.Module):
         W_KR = weight(self, "W_KR", (D, R), ("embed", "head_dim"), fan_in=D, **types)
         W_UK = weight(self, "W_UK", (C, N, M), ("latent", "heads", "head_dim"), fan_in=C, **types)
         W_UV = weight(self, "W_UV", (C, N, h), ("latent", "heads", "head_dim"), fan_in=C, **types)
-        W_O = weight(self, "W_O", (N, h, D), ("heads", "head_dim", "embed"), fan_in=N * h, scale=self.out_scale, **types)
+        W_O = weight(self, "W_O", (N, h, D), ("heads", "head_dim", "embed"), fan_in=N * h, scale=self.out_scale,
+                     **types)
 
         encoding = Encoding(self.position, R, N, inv_freq)
         q = constrain(self._queries(x, types), "batch", None, "heads", None)
@@ -82,6 +83,7 @@ class MLA(nn.Module):
             W_Q = weight(self, "W_Q", (D, N, H), ("embed", "heads", "head_dim"), fan_in=D, **types)
             return jnp.einsum("BTD,DNH->BTNH", x, W_Q)
         W_DQ = weight(self, "W_DQ", (D, c.query_rank), ("embed", "query_rank"), fan_in=D, **types)
-        W_UQ = weight(self, "W_UQ", (c.query_rank, N, H), ("query_rank", "heads", "head_dim"), fan_in=c.query_rank, **types)
+        W_UQ = weight(self, "W_UQ", (c.query_rank, N, H), ("query_rank", "heads", "head_dim"), fan_in=c.query_rank,
+                      **types)
         c_q = RMSNorm(c.norm_eps, axis="query_rank", name="q_norm", **types)(jnp.einsum("BTD,DQ->BTQ", x, W_DQ))
         return jnp.einsum("BTQ,QNH->BTNH", c_q, W_UQ)

@@ -4,4 +4,6 @@ from mfa_jax.generate.loop import Generated, bucket, generate, stream
 from mfa_jax.generate.sampling import SamplingConfig, sample
 from mfa_jax.generate.text import complete, encode_prompts, stream_text
 
-__all__ = ["Generated", "SamplingConfig", "bucket", "complete", "encode_prompts", "generate", "sample", "stream", "stream_text"]
+__all__ = [
+    "Generated", "SamplingConfig", "bucket", "complete", "encode_prompts", "generate", "sample", "stream", "stream_text",
+]

@@ -8,7 +8,7 @@ are rounded up to buckets, so that a conversation compiles once per bucket and n
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -123,10 +123,11 @@ def _prepare(
     require(wrong.size == 0, "prompts", wrong[:5].tolist(), f"token ids must be in 0 .. {vocab - 1}")
     longest = int(lengths.max())
     if capacity is not None:
-        require(longest <= capacity, "prompts", longest, f"a prompt is longer than the cache, capacity={capacity} tokens")
+        require(longest <= capacity, "prompts", longest,
+                f"a prompt is longer than the cache, capacity={capacity} tokens")
         require(longest + max_new_tokens <= capacity, "max_new_tokens", max_new_tokens,
-                f"must be at most {capacity - longest}: the prompt's {longest} tokens and the new ones share a cache of "
-                f"capacity={capacity}")
+                f"must be at most {capacity - longest}: the prompt's {longest} tokens and the new ones share a cache "
+                f"of capacity={capacity}")
     width = bucket(longest)
     if capacity is None:
         capacity = max(bucket(longest + max_new_tokens), width)
@@ -139,6 +140,12 @@ def _prepare(
         stops = np.broadcast_to(stops.reshape(1, -1), (len(prompts), stops.size))
     require(stops.shape[0] == len(prompts), "stop_tokens", stops.shape, f"must have {len(prompts)} rows")
     return jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(stops), bucket(max_new_tokens), capacity
+
+
+def _unrolled(model: Transformer, params: Any) -> Callable[..., Any]:
+    """`apply` of the model with its layers one after the other, the parameters given."""
+    variables = {"params": unstack_layers(params, model.config.num_layers)}
+    return functools.partial(Transformer(model.config, scan_layers=False).apply, variables)
 
 
 _STATIC = ("model", "sampling", "buffer", "capacity", "cache_dtype")
@@ -162,9 +169,8 @@ def _prefill(
     """Reads the prompts into fresh caches and chooses the first token of each row."""
     B, T = prompts.shape
     caches = init_cache(model.config, B, capacity, cache_dtype, scan_layers=False)
-    unrolled = Transformer(model.config, scan_layers=False)
-    variables = {"params": unstack_layers(params, model.config.num_layers)}
-    hidden, caches = unrolled.apply(variables, prompts, cache=caches, method="hidden")
+    apply = _unrolled(model, params)
+    hidden, caches = apply(prompts, cache=caches, method="hidden")
     caches = tuple(cache.with_length(lengths) for cache in caches)
     last_hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     seen = None
@@ -175,19 +181,18 @@ def _prefill(
                       jnp.zeros((B,), bool))
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
     state = _State(caches, empty, jnp.zeros((B,), jnp.int32), jnp.int32(0), seen, keys, stops)
-    return _choose(state, unrolled.apply(variables, last_hidden, method="logits"), sampling)
+    return _choose(state, apply(last_hidden, method="logits"), sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames=("state",))
 def _decode(model: Transformer, params: Any, state: _State, limit: Array, *, sampling: SamplingConfig) -> _State:
     """Goes on until every row has stopped or `limit` tokens are chosen."""
-    unrolled = Transformer(model.config, scan_layers=False)
     # Outside the loop: slicing the stacked weights in it would copy them for every token.
-    variables = {"params": unstack_layers(params, model.config.num_layers)}
+    apply = _unrolled(model, params)
 
     def body(state: _State) -> _State:
-        hidden, caches = unrolled.apply(variables, state.last[:, None], cache=state.caches, method="hidden")
-        logits = unrolled.apply(variables, hidden[:, 0], method="logits")
+        hidden, caches = apply(state.last[:, None], cache=state.caches, method="hidden")
+        logits = apply(hidden[:, 0], method="logits")
         return _choose(state._replace(caches=caches), logits, sampling)
 
     def unfinished(state: _State) -> Bool[Array, ""]:

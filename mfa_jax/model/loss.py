@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +46,9 @@ def cross_entropy(
         return padded.reshape(B, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def step(sums: LossSums, part: tuple[Any, ...]) -> tuple[LossSums, None]:
-        return jax.tree.map(jnp.add, sums, _chunk_sums(part[0], table, *part[1:], z_loss)), None
+    def step(sums: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
+        hidden, targets, mask = part
+        return jax.tree.map(jnp.add, sums, _chunk_sums(hidden, table, targets, mask, z_loss)), None
 
     zero = jnp.zeros((), jnp.float32)
     sums, _ = jax.lax.scan(step, LossSums(zero, zero, zero), (split(hidden), split(targets), split(mask)))

@@ -13,7 +13,7 @@ from mfa_jax import attention
 from mfa_jax.axes import constrain
 from mfa_jax.cache import Cache
 from mfa_jax.config import ModelConfig
-from mfa_jax.layers import RMSNorm
+from mfa_jax.layers import RMSNorm, partitioned
 from mfa_jax.model.layers import SwiGLU
 from mfa_jax.positions import rope_frequencies
 
@@ -34,13 +34,14 @@ class Block(nn.Module):
         cache: Cache | None, inv_freq: Float[Array, " W"] | None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config
-        types = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        types: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         out_scale = (2 * c.num_layers) ** -0.5 if c.depth_scaled_init else 1.0
         x = constrain(x, "batch", None, "act_embed")
         with jax.named_scope(c.attention.variant):
             mixer = attention.build(c.attention, c.position, implementation=c.attention_implementation,
                                     out_scale=out_scale, name="attention", **types)
-            y, cache = mixer(RMSNorm(c.norm_eps, name="attention_norm", **types)(x), positions, segments, cache, inv_freq)
+            normed = RMSNorm(c.norm_eps, name="attention_norm", **types)(x)
+            y, cache = mixer(normed, positions, segments, cache, inv_freq)
             x = x + y
         with jax.named_scope("ffn"):
             ffn = SwiGLU(c.ffn_dim, out_scale=out_scale, name="ffn", **types)
@@ -65,7 +66,7 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        table = nn.with_logical_partitioning(nn.initializers.normal(c.model_dim**-0.5), ("vocab", "embed"))
+        table = partitioned(nn.initializers.normal(c.model_dim**-0.5), ("vocab", "embed"))
         param_dtype = jnp.dtype(c.param_dtype)
         self.embed = self.param("embed", table, (c.vocab_size, c.model_dim), param_dtype)
         if not c.tie_embeddings:
@@ -73,7 +74,7 @@ class Transformer(nn.Module):
         self.final_norm = RMSNorm(c.norm_eps, jnp.dtype(c.dtype), param_dtype)
         if self.scan_layers:
             block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[c.remat])
-            self.layers = nn.scan(
+            self.layers: Any = nn.scan(
                 block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
                 in_axes=(nn.broadcast, nn.broadcast, 0, 0), out_axes=0, metadata_params={nn.PARTITION_NAME: "layers"},
             )(c)

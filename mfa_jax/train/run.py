@@ -42,7 +42,9 @@ class Trained:
     """Newer checkpoints that could not be used, each with its reason."""
 
 
-def load_trained(workdir: str | Path, *, step: int | None = None, ema: bool = False, mesh: Mesh | None = None) -> Trained:
+def load_trained(
+    workdir: str | Path, *, step: int | None = None, ema: bool = False, mesh: Mesh | None = None
+) -> Trained:
     """The newest intact checkpoint of a run (or that of `step`), its parameters placed on `mesh`; nothing is changed.
 
     Args:

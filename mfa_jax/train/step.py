@@ -40,7 +40,7 @@ def state_layout(config: TrainConfig, model: Transformer, optimizer: optax.Gradi
     params_at = axes.shardings(boxed, mesh)
     abstract = jax.eval_shape(_state_from_key(config, model, optimizer), jax.random.key(0))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    at = TrainState(
+    at = abstract._replace(
         step=everywhere, params=params_at, rng=everywhere,
         optimizer=state_shardings(abstract.optimizer, abstract.params, params_at),
         ema=params_at if config.ema_decay is not None else {},
@@ -48,8 +48,10 @@ def state_layout(config: TrainConfig, model: Transformer, optimizer: optax.Gradi
     return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, at)
 
 
-def create_state(config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation, layout: Any) -> TrainState:
-    """The state at step 0, made where it belongs: no array is ever whole on one device or host unless it is replicated."""
+def create_state(
+    config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation, layout: Any
+) -> TrainState:
+    """The state at step 0, made where it belongs: only what is replicated is ever whole on one device or host."""
     where = jax.tree.map(lambda leaf: leaf.sharding, layout)
     return jax.jit(_state_from_key(config, model, optimizer), out_shardings=where)(jax.random.key(config.seed))
 
@@ -111,21 +113,23 @@ def make_train_step(
         if config.ema_decay is not None:
             ema = optax.incremental_update(params, state.ema, 1 - config.ema_decay)
         bad_leaf = _first_bad([*jax.tree.leaves(grads), *jax.tree.leaves(updates)])
-        moved = state._replace(step=state.step + 1, params=params, optimizer=optimizer_state, ema=ema)
-        state = jax.tree.map(lambda new, old: jnp.where(bad_leaf < 0, new, old), moved._replace(rng=0), state._replace(rng=0))
+        moved = jax.tree.map(lambda new, old: jnp.where(bad_leaf < 0, new, old),
+                             (state.step + 1, params, optimizer_state, ema),
+                             (state.step, state.params, state.optimizer, state.ema))
         metrics = {
             "loss": sums.nll / count, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates),
-            "param_norm": optax.tree.norm(params), "learning_rate": schedule(moved.step - 1), "targets": sums.tokens,
+            "param_norm": optax.tree.norm(params), "learning_rate": schedule(state.step), "targets": sums.tokens,
             "bad_leaf": bad_leaf, **_alpha_norms(params),
         }
-        return state._replace(rng=moved.rng), metrics
+        return TrainState(*moved, rng=state.rng), metrics
 
     return step
 
 
 def watched_leaves(params: Any) -> list[str]:
     """Names of what `bad_leaf` counts: the gradient of each parameter, then its update."""
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     return [f"gradient of {path}" for path in paths] + [f"update of {path}" for path in paths]
 
 

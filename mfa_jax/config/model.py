@@ -1,0 +1,60 @@
+"""The model of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from mfa_jax.config.attention import AttentionConfig, MFAConfig, PositionConfig
+from mfa_jax.config.checks import require, require_positive
+
+DType = Literal["float32", "bfloat16"]
+
+_ROTATED_FIELD = {"gqa": "head_dim", "mla": "rope_dim", "mfa": "latent_dim", "mfa_kr": "latent_dim"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only language model: pre-norm RMSNorm, attention, SwiGLU."""
+
+    vocab_size: int = 264
+    """V, token ids are 0 .. V - 1."""
+    num_layers: int = 2
+    """L, blocks."""
+    model_dim: int = 64
+    """D, width of the residual stream."""
+    ffn_dim: int = 192
+    """F, hidden width of the SwiGLU feed-forward."""
+    attention: AttentionConfig = dataclasses.field(default_factory=MFAConfig)
+    """The attention variant and its widths."""
+    position: PositionConfig = dataclasses.field(default_factory=PositionConfig)
+    """Rope, ALiBi or none."""
+    inv_freq: tuple[tuple[float, ...], ...] | None = None
+    """Rope frequencies of each layer, [L, rotated width / 2], in place of base and scaling; None for those."""
+    tie_embeddings: bool = True
+    """Read logits out with the embedding table."""
+    norm_eps: float = 1e-5
+    """Epsilon of the block norms and the final norm."""
+    dtype: DType = "float32"
+    """What the forward pass computes in; softmax, norms, angles and loss stay in float32."""
+    param_dtype: DType = "float32"
+    """What parameters are stored in."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, everything in a block."""
+    attention_implementation: Literal["auto", "dense", "blockwise", "splash", "cudnn", "tokamax"] = "auto"
+    """Attention for training and prefill, by name; auto resolves by device and size, `core.resolve` says to what."""
+    depth_scaled_init: bool = True
+    """Projections into the residual stream start smaller by sqrt(2 L)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "vocab_size", "num_layers", "model_dim", "ffn_dim")
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
+        width = self.attention.rotated_dim
+        if self.position.kind == "rope":
+            require(width % 2 == 0, _ROTATED_FIELD[self.attention.kind], width,
+                    "rope rotates pairs, the width must be even")
+        if self.inv_freq is not None:
+            require(self.position.kind == "rope", "inv_freq", "given", f"needs rope, not {self.position.kind!r}")
+            require(len(self.inv_freq) == self.num_layers and all(len(row) == width // 2 for row in self.inv_freq),
+                    "inv_freq", f"{len(self.inv_freq)} rows",
+                    f"must be num_layers={self.num_layers} rows of {width // 2} frequencies")

@@ -1,0 +1,152 @@
+"""A training run: its data, optimizer and mesh, and how long it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from mfa_jax.config.checks import require, require_positive
+from mfa_jax.config.model import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes batches."""
+
+    source: str = "stdlib"
+    """`stdlib` (the source of Python's standard library), a file, a folder, or `hf:NAME[:SPLIT]` (a dataset of Hugging
+    Face)."""
+    tokenizer: str = "bytes"
+    """`bytes`, a `tokenizer.json` or a folder with one, or a sentencepiece table `.bin`."""
+    prepared: str | None = None
+    """Folder of the token shards, written once; None for `<workdir>/data`."""
+    sequence_length: int = 256
+    """T, tokens a row."""
+    batch_size: int = 16
+    """Rows of a step over all devices and accumulation steps."""
+    held_out: float = 0.02
+    """Share of the documents kept for evaluation, never seen in training; chosen by a hash of the document."""
+    text_field: str = "text"
+    """Field of a JSONL or Hugging Face row that holds the document."""
+    separate_documents: bool = True
+    """Documents packed in one row do not see each other."""
+    seed: int = 0
+    """Seed of the shuffle."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size")
+        require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "must be at least 2")
+        require(0 <= self.held_out < 1, "held_out", self.held_out, "must be in [0, 1)")
+        require(bool(self.source), "source", self.source, "must be stdlib, a path, or hf:NAME")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW or Muon, its schedule, and what bounds the update."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon orthogonalises the update of each projection; norms, alpha and embeddings stay with AdamW."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine decay, warm-up-stable-decay (linear decay at the end), or none."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up from zero."""
+    schedule_steps: int | None = None
+    """Length of the whole schedule in steps; None for the run's `steps`."""
+    final_fraction: float = 0.1
+    """Learning rate at the end over the peak."""
+    decay_fraction: float = 0.2
+    """wsd: share of the schedule that decays."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; never on norms or alpha."""
+    decay_embeddings: bool = False
+    """Whether embedding and output tables decay too."""
+    b1: float = 0.9
+    """Decay of the first moment (muon: momentum is 0.95, this serves its AdamW part)."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_norm: float | None = 1.0
+    """Gradients are scaled down to this global norm; None for no clipping."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative")
+        require(self.schedule_steps is None or self.schedule_steps > self.warmup_steps, "schedule_steps",
+                self.schedule_steps, f"must exceed warmup_steps={self.warmup_steps}, or none")
+        require(0 <= self.final_fraction <= 1, "final_fraction", self.final_fraction, "must be in [0, 1]")
+        require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "must be in (0, 1]")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
+        require(0 <= self.b1 < 1, "b1", self.b1, "must be in [0, 1)")
+        require(0 <= self.b2 < 1, "b2", self.b2, "must be in [0, 1)")
+        require(self.eps > 0, "eps", self.eps, "must be positive")
+        require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm,
+                "must be positive, or none")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Size of each mesh axis; one of them may be -1: all the devices that the others leave."""
+
+    data: int = -1
+    """Replicas of the parameters, each with its share of the batch."""
+    fsdp: int = 1
+    """Shards of the parameters, each with its share of the batch."""
+    expert: int = 1
+    """Shards of the experts (no use in a dense model)."""
+    context: int = 1
+    """Shards of the sequence."""
+    tensor: int = 1
+    """Shards of heads, feed-forward and vocabulary."""
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        for field, size in zip(dataclasses.fields(self), sizes, strict=True):
+            require(size >= 1 or size == -1, field.name, size, "must be at least 1, or -1 for the rest")
+        require(sizes.count(-1) <= 1, "mesh", sizes, "only one axis may be -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run."""
+
+    workdir: str = "runs/default"
+    """Folder of everything the run writes; an existing run there is resumed."""
+    preset: str | None = None
+    """Name of the preset to take the model from."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    steps: int = 500
+    """Optimizer steps of the whole run, those of earlier starts counted in."""
+    accumulate: int = 1
+    """Parts the batch is computed in; gradients are summed over them."""
+    seed: int = 0
+    """Seed of the initial parameters."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition in the loss (1e-4 keeps logits from drifting)."""
+    ema_decay: float | None = None
+    """Decay of an exponential moving average of the weights, kept beside them; None for none."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    eval_every: int = 100
+    """Steps between two evaluations on the held-out documents; 0 for the end only."""
+    eval_batches: int = 8
+    """Batches of an evaluation."""
+    save_every: int = 100
+    """Steps between two checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 3
+    """How many of the latest checkpoints stay; the one with the lowest held-out loss stays besides."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps", "accumulate", "log_every", "eval_batches", "save_every", "keep_checkpoints")
+        require(bool(self.workdir), "workdir", self.workdir, "must name a folder")
+        require(self.eval_every >= 0, "eval_every", self.eval_every, "must not be negative")
+        require(self.z_loss >= 0, "z_loss", self.z_loss, "must not be negative")
+        require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay,
+                "must be in (0, 1), or none")
+        if self.data.batch_size % self.accumulate:
+            raise ValueError(f"batch_size={self.data.batch_size} is not a multiple of accumulate={self.accumulate}")
