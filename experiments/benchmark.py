@@ -95,11 +95,12 @@ def take_turns(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[s
     for _ in range(repeats):
         for name, call in runs.items():
             taken[name].append(_timed(call))
-    return {
-        name: Timing(first[name], *(statistics.median(column) for column in zip(*rows, strict=True)),
-                     seconds=tuple(row[0] for row in rows))
-        for name, rows in taken.items()
-    }
+    found = {}
+    for name, rows in taken.items():
+        wall, user, system = zip(*rows, strict=True)
+        found[name] = Timing(first[name], statistics.median(wall), statistics.median(user),
+                             statistics.median(system), wall)
+    return found
 
 
 def _timed(call: Callable[[], object]) -> tuple[float, float, float]:
@@ -143,7 +144,8 @@ def make_peer(config: ModelConfig, threads: int, seed: int) -> Peer:
         vocab_size=config.vocab_size, hidden_size=config.model_dim, intermediate_size=config.ffn_dim,
         num_hidden_layers=config.num_layers, num_attention_heads=attention.num_heads, head_dim=attention.head_dim,
         num_key_value_heads=attention.num_kv_heads, rms_norm_eps=config.norm_eps, max_position_embeddings=8192,
-        tie_word_embeddings=config.tie_embeddings, rope_parameters={"rope_type": "default", "rope_theta": position.base},
+        tie_word_embeddings=config.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": position.base},
         bos_token_id=None, eos_token_id=None, pad_token_id=None,
     )).eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -169,7 +171,7 @@ def random_tokens(config: ModelConfig, batch: int, length: int, seed: int) -> np
 
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers were measured on, and its load now: names and versions, no paths."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("jax", "jaxlib", "flax", "optax", "torch", "transformers"):
         try:
             versions[package] = importlib.metadata.version(package)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_format
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments.cli import run
+from experiments.cli import parse, run
 from mfa_jax.capacity import Report, analyse
-from mfa_jax.config import load_json, require
+from mfa_jax.config import require
 from mfa_jax.presets import attention_shape, published
 
 
@@ -26,7 +26,7 @@ from mfa_jax.presets import attention_shape, published
 class Arguments:
     """What attention costs and can express, in closed form: cache, FLOPs, parameters, ranks."""
 
-    model: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    model: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A published model (step3, deepseek-v3, kimi-k2, qwen3-235b, qwen3-32b, paper-7b-{mha,mla,mfa,mfa-kr}) or one of
     our presets ({tiny,nano,small,base}-{mha,gqa,mqa,mla,mfa,mfa-kr}); may be given several times. `all`, or none:
     every published model."""
@@ -38,19 +38,6 @@ class Arguments:
     """Print JSON instead of a table: one object, for several models keyed by their names."""
     plot: str | None = None
     """File for a picture (png, pdf or svg, by its ending)."""
-    config: str | None = None
-    """JSON file of saved arguments; flags override it."""
-
-
-def parse(argv: Sequence[str] | None = None) -> Arguments:
-    """The arguments of the command line over those of `--config`."""
-    given = tyro.cli(Arguments, args=argv)
-    if given.config is None:
-        return given
-    saved: Arguments = load_json(Arguments, given.config)
-    # Models of the command line replace the saved ones: as a default they would be added to.
-    merged = tyro.cli(Arguments, args=argv, default=dataclasses.replace(saved, model=()))
-    return dataclasses.replace(merged, model=merged.model or saved.model)
 
 
 def reports(arguments: Arguments) -> dict[str, Report]:
@@ -151,7 +138,7 @@ def save_plot(found: dict[str, Report], path: str) -> None:
 
 
 def main() -> None:
-    arguments = parse()
+    arguments = parse(Arguments)
     found = reports(arguments)
     if arguments.plot is not None:
         require(Path(arguments.plot).suffix in (".png", ".pdf", ".svg"), "plot", arguments.plot,

@@ -3,8 +3,8 @@
     if __name__ == "__main__":
         cli.run(main)
 
-Exit codes: 0 done, 2 what the user asked for is not possible, 130 interrupted. Other exceptions keep their traceback;
-`python -X dev -m experiments.NAME` keeps it for all of them.
+Exit codes: 0 done, 1 the numbers broke down (a training run that is no longer finite), 2 what the user asked for is not
+possible, 130 interrupted. Other exceptions keep their traceback; `python -X dev -m experiments.NAME` keeps it for all.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
+import absl.logging
 import tyro
 
 from mfa_jax.config import from_dict, load_json, to_dict
@@ -29,24 +30,30 @@ C = TypeVar("C")
 # What a user can mend: disk full, quota, read-only, no permission, missing file, a file for a folder or the reverse.
 _USER_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
                          errno.ENOTDIR, errno.EISDIR})
+# Python's own arithmetic errors are mistakes in a program; NonFiniteError and its like say what became of the numbers.
+_MISTAKES = (ZeroDivisionError, OverflowError, FloatingPointError)
 
 
 def run(main: Callable[[], object]) -> None:
     """Calls `main()`, reports what it raises, and exits.
 
     Raises:
-      SystemExit: code 2 with one line `error: ...` on stderr after a `ValueError`, a `NotImplementedError`, or an
-        `OSError` that the user can mend (disk full, read-only, missing); code 130 after Ctrl-C.
+      SystemExit: with one line `error: ...` on stderr, code 2 after a `ValueError`, a `NotImplementedError`, or an
+        `OSError` that the user can mend (disk full, read-only, missing), code 1 after an `ArithmeticError` of ours
+        (`NonFiniteError`); code 130 after Ctrl-C.
     """
+    # Orbax logs the traceback of a save that failed from its own thread; the error itself reaches us and is one line.
+    absl.logging.set_verbosity(absl.logging.FATAL)
     try:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (ValueError, NotImplementedError, OSError) as error:
-        if sys.flags.dev_mode or (isinstance(error, OSError) and error.errno not in _USER_ERRNO):
+    except (ValueError, NotImplementedError, OSError, ArithmeticError) as error:
+        not_ours = isinstance(error, _MISTAKES) or (isinstance(error, OSError) and error.errno not in _USER_ERRNO)
+        if sys.flags.dev_mode or not_ours:
             raise
         print(f"error: {_describe(error)}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(1 if isinstance(error, ArithmeticError) else 2) from None
 
 
 def _describe(error: Exception) -> str:
@@ -64,7 +71,8 @@ def parse(
     Flags are the dotted names of the fields (`--data.source`, `--max-new-tokens`); `--help` prints each with the
     docstring under the field. `--preset NAME` replaces the field `model` by `presets(NAME)` and records the name in
     `preset`. The JSON file holds some or all fields; what it leaves out stays as it was, except that an object of
-    another `kind` is replaced as a whole.
+    another `kind` is replaced as a whole. A field whose flag may be given several times (`UseAppendAction`) takes the
+    values of its flags in place of those it had.
 
     Args:
       config_type: a frozen dataclass; bool fields are flags `--name` and `--no-name`.
@@ -78,21 +86,32 @@ def parse(
     """
     args = list(sys.argv[1:] if argv is None else argv)
     description = f"{config_type.__doc__}\n\n--config FILE.json starts from a saved config; flags override it."
+    start: Any = default
     if presets is not None:
         args, preset = _take(args, "--preset")
         if preset is not None:
-            default = dataclasses.replace(default or config_type(), preset=preset, model=presets(preset))  # type: ignore
+            base: Any = config_type() if default is None else default
+            start = dataclasses.replace(base, preset=preset, model=presets(preset))
     args, path = _take(args, "--config")
     if path is not None:
-        default = from_dict(config_type, _merge(to_dict(default) if default is not None else {}, load_json(dict, path)))
-    start: Any = tyro.MISSING_NONPROP if default is None else default
+        start = from_dict(config_type, _merge({} if start is None else to_dict(start), load_json(dict, path)))
+    lists = {} if start is None else {name: getattr(start, name) for name in _appended(config_type)}
+    start = tyro.MISSING_NONPROP if start is None else dataclasses.replace(start, **dict.fromkeys(lists, ()))
     wants_help = "-h" in args or "--help" in args
+    parsed: Any
     with contextlib.nullcontext() if wants_help else _errors_as_exceptions():
-        config, unknown = tyro.cli(config_type, args=args, default=start, description=description,
+        parsed, unknown = tyro.cli(config_type, args=args, default=start, description=description,
                                    config=(tyro.conf.AvoidSubcommands,), return_unknown_args=True)
     if unknown:
-        raise ValueError(_unknown_message(unknown, config))
-    return config
+        raise ValueError(_unknown_message(unknown, parsed))
+    kept = {name: values for name, values in lists.items() if not getattr(parsed, name)}
+    return dataclasses.replace(parsed, **kept) if kept else parsed
+
+
+def _appended(config_type: Any) -> list[str]:
+    """Names of the fields whose flags may be given several times; tyro would add them to the default's values."""
+    hints = get_type_hints(config_type, include_extras=True)
+    return [name for name, hint in hints.items() if tyro.conf.UseAppendAction in get_args(hint)]
 
 
 def _take(args: list[str], flag: str) -> tuple[list[str], str | None]:

@@ -78,7 +78,8 @@ def compare(config: QuickstartConfig) -> list[report.Row]:
         rows.append(report.Row(
             variant=name, heads=analysis.heads, parameters=capacity.model_parameters(model).total,
             cache_bytes_closed_form=analysis.cache_bytes_per_token,
-            cache_bytes_measured=cache.nbytes / (batch * tokens), frh=analysis.frh, slsd=analysis.slsd, ter=analysis.ter))
+            cache_bytes_measured=cache.nbytes / (batch * tokens),
+            frh=analysis.frh, slsd=analysis.slsd, ter=analysis.ter))
     return rows
 
 

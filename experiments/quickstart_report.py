@@ -80,7 +80,8 @@ prompt.
 ## What the factorization buys
 
 Six variants of this size, matched in parameters. The cache of MFA is {smaller[0]:.1f} times smaller than MHA's
-and that of MFA-KR {smaller[1]:.1f} times, measured on the allocated arrays; MFA's total effective rank is {mfa.ter / mha.ter:.1f} times MHA's.
+and that of MFA-KR {smaller[1]:.1f} times, measured on the allocated arrays;
+MFA's total effective rank is {mfa.ter / mha.ter:.1f} times MHA's.
 
 {header}
 |{" --- |" * len(fields)}

@@ -228,6 +228,14 @@ def test_unknown_model_lists_what_is_accepted(monkeypatch: pytest.MonkeyPatch) -
         call(monkeypatch, "--model", "step4")
 
 
+def test_bad_flags_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, message in ((("--modle", "step3"), "--modle: unknown argument, did you mean --model"),
+                           (("--context", "many"), "--context: invalid literal")):
+        with pytest.raises(ValueError, match=message) as error:
+            call(monkeypatch, *flags)
+        assert "\n" not in str(error.value)
+
+
 def test_shapes_agree_with_counts() -> None:
     for attention, expected in PARAMETERS:
         assert sum(map(math.prod, capacity.parameter_shapes(attention, 10).values())) == expected

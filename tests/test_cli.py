@@ -10,14 +10,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import absl.logging
 import pytest
+import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import cli
 from mfa_jax.config import GQAConfig, MFAConfig, ModelConfig, TrainConfig, to_json
+from mfa_jax.train.loop import NonFiniteError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,14 @@ class Inner:
     def __post_init__(self) -> None:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must be in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """A flag that may be given several times."""
+
+    name: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """What to greet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +89,23 @@ def test_a_saved_config_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(to_json(saved))
     assert cli.parse(TrainConfig, [f"--config={path}"]) == saved
+
+
+def test_flags_given_several_times_replace_the_saved_values(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"name": ["a", "b"]}')
+    saved = ["--config", str(path)]
+    assert cli.parse(Several, saved).name == ("a", "b")
+    assert cli.parse(Several, [*saved, "--name", "c", "--name", "d"]).name == ("c", "d")
+    assert cli.parse(Several, ["--name", "c"], default=Several(("a",))).name == ("c",)
+    assert cli.parse(Several, []).name == ()
+
+
+def test_a_saved_file_without_a_required_field_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"stream": true}')
+    with pytest.raises(ValueError, match=r"config=\['prompt'\]: missing field"):
+        cli.parse(Arguments, ["--config", str(path)])
 
 
 def test_an_object_of_another_kind_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -187,7 +215,33 @@ def test_an_interrupt_is_quiet_and_code_130(capsys: pytest.CaptureFixture[str]) 
     assert stop.value.code == 130 and capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("bug"), TypeError("bug"), OSError(errno.EIO, "Input/output error")])
+def test_numbers_that_break_down_are_one_line_and_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(raising(NonFiniteError("step 3: gradient of embed is not finite")))
+    assert stop.value.code == 1
+    assert capsys.readouterr() == ("", "error: step 3: gradient of embed is not finite\n")
+
+
+def test_libraries_log_no_traceback_of_an_error_that_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "a")
+        except OSError:
+            absl.logging.exception("a save failed")  # as Orbax does in its own thread
+            raise
+
+    before = absl.logging.get_verbosity()
+    try:
+        absl.logging.set_verbosity(absl.logging.INFO)
+        with pytest.raises(SystemExit):
+            cli.run(main)
+    finally:
+        absl.logging.set_verbosity(before)
+    assert capfd.readouterr() == ("", "error: No space left on device: a\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bug"), TypeError("bug"), OSError(errno.EIO, "Input/output error"),
+                                   ZeroDivisionError("bug"), OverflowError("bug"), FloatingPointError("bug")])
 def test_other_errors_propagate(error: Exception) -> None:
     with pytest.raises(type(error)):
         cli.run(raising(error))

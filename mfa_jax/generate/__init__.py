@@ -5,5 +5,6 @@ from mfa_jax.generate.sampling import SamplingConfig, sample
 from mfa_jax.generate.text import complete, encode_prompts, stream_text
 
 __all__ = [
-    "Generated", "SamplingConfig", "bucket", "complete", "encode_prompts", "generate", "sample", "stream", "stream_text",
+    "Generated", "SamplingConfig", "bucket", "complete", "encode_prompts", "generate", "sample", "stream",
+    "stream_text",
 ]

@@ -113,17 +113,21 @@ def make_train_step(
         if config.ema_decay is not None:
             ema = optax.incremental_update(params, state.ema, 1 - config.ema_decay)
         bad_leaf = _first_bad([*jax.tree.leaves(grads), *jax.tree.leaves(updates)])
-        moved = jax.tree.map(lambda new, old: jnp.where(bad_leaf < 0, new, old),
-                             (state.step + 1, params, optimizer_state, ema),
-                             (state.step, state.params, state.optimizer, state.ema))
+        moved = state._replace(step=state.step + 1, params=params, optimizer=optimizer_state, ema=ema)
         metrics = {
             "loss": sums.nll / count, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params), "learning_rate": schedule(state.step), "targets": sums.tokens,
             "bad_leaf": bad_leaf, **_alpha_norms(params),
         }
-        return TrainState(*moved, rng=state.rng), metrics
+        return _where(bad_leaf < 0, moved, state), metrics
 
     return step
+
+
+def _where(condition: Array, moved: TrainState, state: TrainState) -> TrainState:
+    """`moved` where the condition holds, else `state`; the key, which no step changes, as it is."""
+    chosen = jax.tree.map(lambda new, old: jnp.where(condition, new, old), moved[:-1], state[:-1])
+    return TrainState._make((*chosen, state.rng))
 
 
 def watched_leaves(params: Any) -> list[str]:
