@@ -112,8 +112,11 @@ def measure(config: BenchTrainConfig) -> dict[str, Any]:
     tokens = random_tokens(config.model, config.batch_size, config.sequence_length + 1, config.seed)
     calls = {"ours": our_step(config, peer.params, tokens), "peer": peer_step(peer, tokens)}
     losses: dict[str, list[float]] = {name: [] for name in calls}
-    timings = take_turns({name: lambda name=name: losses[name].append(calls[name]()) for name in calls},  # type: ignore
-                         config.repeats)
+
+    def recorded(name: str) -> Callable[[], None]:
+        return lambda: losses[name].append(calls[name]())
+
+    timings = take_turns({name: recorded(name) for name in calls}, config.repeats)
     ours, theirs = (np.array(losses[name]) for name in ("ours", "peer"))
     difference = float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
     require(difference < LOSS_TOLERANCE, "loss_difference", difference,

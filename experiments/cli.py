@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import errno
 import io
+import logging
 import os
 import re
 import sys
@@ -27,9 +28,9 @@ from mfa_jax.config import from_dict, load_json, to_dict
 
 C = TypeVar("C")
 
-# What a user can mend: disk full, quota, read-only, no permission, missing file, a file for a folder or the reverse.
-_USER_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
-                         errno.ENOTDIR, errno.EISDIR})
+# What a user can mend: disk full, quota, file too large, read-only, no permission, missing file, a file for a folder.
+_USER_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+                         errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
 # Python's own arithmetic errors are mistakes in a program; NonFiniteError and its like say what became of the numbers.
 _MISTAKES = (ZeroDivisionError, OverflowError, FloatingPointError)
 
@@ -44,6 +45,7 @@ def run(main: Callable[[], object]) -> None:
     """
     # Orbax logs the traceback of a save that failed from its own thread; the error itself reaches us and is one line.
     absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         main()
     except KeyboardInterrupt:

@@ -98,10 +98,7 @@ def open_prepared(folder: str | Path) -> Prepared:
         raise ValueError(f"prepared={str(folder)!r}: {META} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"prepared={str(folder)!r}: {META} is not JSON ({error})") from error
-    try:
-        prepared = Prepared(folder, from_dict(Meta, content, str(folder / META)))
-    except TypeError as error:
-        raise ValueError(f"prepared={str(folder)!r}: {META} lacks a field ({error})") from error
+    prepared = Prepared(folder, from_dict(Meta, content, str(folder / META)))
     for split in SPLITS:
         _check_files(prepared, split)
     return prepared
