@@ -43,6 +43,7 @@ attention = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(drawn=attention, encoding=st.sampled_from(["rope", "alibi", "none"]), layers=small, width=small)
 def test_a_drawn_model_is_refused_or_works(drawn: tuple, encoding: str, layers: int, width: int) -> None:

@@ -20,8 +20,8 @@ from mfa_jax.model.transformer import Transformer, init_cache, unembedding, unst
 from tests.contract import ATTENTION, ENCODINGS, B, L, T, V, compiled, model_config, tokens
 
 CAPACITY = 12
-INNER_LOOP = ("mla", "mfa", "mfa_kr")
-# A variant stays on one worker, where its compilations are shared; the inner loop runs the paper's two and MLA.
+INNER_LOOP = ("mfa", "mfa_kr")
+# A variant stays on one worker, where its compilations are shared; the inner loop runs the paper's two.
 variants = pytest.mark.parametrize("variant", [
     pytest.param(name, marks=[pytest.mark.xdist_group(name), *([] if name in INNER_LOOP else [pytest.mark.slow])])
     for name in ATTENTION])
@@ -137,7 +137,9 @@ def test_parameter_count_equals_the_closed_form(variant: str, tied: bool) -> Non
 
 
 @encodings
-@pytest.mark.parametrize(("variant", "alpha"), [*((name, 0.0) for name in ATTENTION), ("mfa_kr", 0.5)])
+@pytest.mark.parametrize(("variant", "alpha"), [
+    *(pytest.param(name, 0.0, marks=() if name in INNER_LOOP else pytest.mark.slow) for name in ATTENTION),
+    ("mfa_kr", 0.5)])
 def test_each_gradient_is_finite_and_not_all_zero(variant: str, encoding: str, alpha: float) -> None:
     """By design zero: `N_kr` while alpha is zero, since the value is `k + alpha * (N_kr k)`."""
     config = model_config(variant, encoding)
@@ -168,6 +170,7 @@ def test_unrolled_layers_equal_scanned_layers(variant: str) -> None:
     chex.assert_trees_all_equal(cache[1].length, jnp.full((B,), T))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_gradient(remat: str) -> None:
     config = model_config("mfa")
@@ -204,6 +207,7 @@ def test_mfa_with_an_identity_like_factorization_is_mqa() -> None:
                                 atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_gqa_with_repeated_key_heads_is_mha(kv_heads: int) -> None:
     """K = 1 is MQA: MHA whose key and value heads are all the same one; K = N is MHA itself."""
@@ -262,6 +266,7 @@ def test_measured_ranks_of_fresh_weights_are_the_nominal_ones(variant: str) -> N
         circuits(c.params, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"num_heads": 16}, {"latent_dim": 64}, {"query_rank": 64}])
 @pytest.mark.parametrize("variant", ["mla", "mfa", "mfa_kr"])
 def test_initial_variance_does_not_depend_on_the_widths(variant: str, changes: dict) -> None:

@@ -112,6 +112,7 @@ def test_equals_the_loop(server: str, kind: str, K: int) -> None:
     assert error(out, oracle(*arrays, scale=scale, **options)) < 2e-6
 
 
+@pytest.mark.slow
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 def test_any_shape_equals_the_loop(data: st.DataObject) -> None:
@@ -254,6 +255,7 @@ def test_padding_gives_zeros_and_no_gradient(name: str) -> None:
 # ---- splash, interpreted ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("N", "K", "segments"), ((2, 1, True), (4, 2, False)))
 def test_splash_equals_dense_with_gradients(N: int, K: int, segments: bool) -> None:
     arrays, options = make("segments" if segments else "plain", B=2, T=384, N=N, K=K, H=16, h=8)
@@ -271,6 +273,7 @@ def _splash(q: Any, k: Any, v: Any, segments: Any, scale: float) -> jax.Array:
                      q, k, v, None, segments, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind", "K", "set_mesh"), (
     ("blockwise", "segments alibi", 1, True), ("blockwise", "segments alibi", 1, False),
     ("blockwise", "offset", 4, True), ("dense", "segments", 1, True), ("splash", "segments", 1, True),
@@ -304,6 +307,7 @@ def test_on_a_mesh_the_gradient_of_a_shared_key_is_summed_once_not_per_block() -
     assert reductions and not [line for line in reductions if "/while/" in line]
 
 
+@pytest.mark.slow
 def test_what_does_not_divide_over_the_mesh_is_computed_on_every_device() -> None:
     arrays, options = make("plain", B=3, N=6, K=3)
     with jax.set_mesh(make_mesh((2, 1, 1, 1, 4))):

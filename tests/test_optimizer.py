@@ -135,6 +135,7 @@ MATRICES = {
 LIKE = {"Q": "W_Q", "W_K": "W_Q", "W_V": "W_Q", "W_UK": "W_Q", "W_UV": "W_Q", "W_UQ": "W_Q", "O": "W_O"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["gqa", "mla_ranked", "mfa_kr"])
 def test_muon_orthogonalises_each_head_and_the_rest_is_adamw(variant: str) -> None:
     params = {"layers": {"attention": normal(abstract(variant))["layers"]["attention"]}}
@@ -222,6 +223,7 @@ def sharding_of(mesh: jax.sharding.Mesh, leaf: Any) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*entries))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_state_lives_where_its_parameter_does_and_updates_agree(kind: Any) -> None:
     if jax.device_count() < 8:

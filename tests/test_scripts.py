@@ -17,6 +17,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "message"), [
     (("experiments.train", "--preset", "tiny-mfq"), "tiny-mfq"),
     (("experiments.train", "--stepz", "3"), "--stepz"),

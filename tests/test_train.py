@@ -104,6 +104,7 @@ def test_sharded_step_equals_single_device_leaf_by_leaf(variant: str, tmp_path: 
     assert split.addressable_shards[0].data.size * 4 == split.size, "fsdp and tensor must each halve a projection"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulated_gradient_equals_the_full_batch(accumulate: int, tmp_path: Path) -> None:
     """The mask differs between parts, so a mean of means would be wrong."""
@@ -190,6 +191,7 @@ def test_metrics_say_what_a_run_needs(straight: tuple[TrainConfig, loop.TrainRes
     assert straight[1].metrics["eval_loss"] < np.log(264)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_mesh(straight: tuple[TrainConfig, loop.TrainResult], tmp_path: Path) -> None:
     """One device to eight, split three ways, and back: each start reads the checkpoint of the one before."""
     config = dataclasses.replace(straight[0], workdir=str(tmp_path), steps=2)
