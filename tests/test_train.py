@@ -129,7 +129,7 @@ def test_a_step_is_what_optax_says_and_ema_follows(tmp_path: Path) -> None:
         return jnp.sum(nll * batch["mask"]) / jnp.sum(batch["mask"])
 
     value, grads = jax.jit(jax.value_and_grad(loss))(start.params)
-    updates, _ = optimizer.update(grads, start.optimizer, start.params)
+    updates, _ = jax.jit(optimizer.update)(grads, start.optimizer, start.params)
     expected = optax.apply_updates(start.params, updates)
     chex.assert_trees_all_close(jax.device_get(state.params), jax.device_get(expected), atol=2e-6)
     average = jax.tree.map(lambda a, b: (a + b) / 2, start.params, expected)
