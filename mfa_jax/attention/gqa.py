@@ -53,8 +53,9 @@ class GQA(nn.Module):
 
         encoding = Encoding(self.position, H, N, inv_freq)
         q = encoding.rotate(jnp.einsum("BTD,DNH->BTNH", x, W_Q), positions, head_axis=2)
-        k = encoding.rotate(jnp.einsum("BTD,DKH->BKTH", x, W_K), positions, head_axis=1)
-        v = jnp.einsum("BTD,DKH->BKTH", x, W_V)
+        # Swapped after the product: an einsum to BKTH makes XLA transpose the weights, at every decoded token.
+        k = encoding.rotate(jnp.einsum("BTD,DKH->BTKH", x, W_K).swapaxes(1, 2), positions, head_axis=1)
+        v = jnp.einsum("BTD,DKH->BTKH", x, W_V).swapaxes(1, 2)
         q = constrain(q, "batch", None, "heads", None)
         offset = None
         if cache is not None:
