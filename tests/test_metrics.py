@@ -1,4 +1,4 @@
-"""The record of a run: strict JSON, each step once, the bar, the peak of the chip, the first leaf with a NaN."""
+"""The record of a run: strict JSON, each step once, the bar, the peak of the chip."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from mfa_jax.train.metrics import MetricsWriter, Progress, first_nonfinite, peak_flops
+from mfa_jax.train.metrics import MetricsWriter, Progress, peak_flops
 
 
 def refuse(constant: str) -> None:
@@ -140,21 +139,3 @@ def test_peak_flops(kind: str, teraflops: float | None) -> None:
 
 def test_the_cpu_has_no_known_peak() -> None:
     assert peak_flops(jax.devices("cpu")[0]) is None
-
-
-def test_first_nonfinite_names_the_leaf() -> None:
-    good = {"layers": {"S_q": jnp.ones((2, 3)), "count": jnp.arange(3)}, "b": jnp.ones(2, jnp.bfloat16)}
-    assert first_nonfinite(good) is None
-    assert first_nonfinite({"n": jnp.arange(3), "key": jax.random.key(0)}) is None
-    bad = {**good, "layers": {**good["layers"], "S_q": good["layers"]["S_q"].at[1, 2].set(jnp.nan)}}
-    assert first_nonfinite(bad) == "layers/S_q"
-    assert first_nonfinite({**bad, "b": bad["b"].at[0].set(-jnp.inf)}) == "b"
-
-
-def test_first_nonfinite_over_a_mesh() -> None:
-    if jax.device_count() < 8:
-        pytest.skip(f"needs 8 devices, there are {jax.device_count()}")
-    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
-    split = NamedSharding(mesh, PartitionSpec("fsdp"))
-    tree = {"a": jax.device_put(jnp.ones(16), split), "b": jax.device_put(jnp.ones(16).at[13].set(jnp.inf), split)}
-    assert first_nonfinite(tree) == "b"

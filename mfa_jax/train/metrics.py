@@ -1,4 +1,4 @@
-"""What a run tells while it trains: `metrics.jsonl`, TensorBoard, a bar, the peak of the chip, the first NaN."""
+"""What a run tells while it trains: `metrics.jsonl`, TensorBoard, a bar, the peak of the chip."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
@@ -42,23 +40,6 @@ _PEAK_FLOPS = (
 def peak_flops(device: jax.Device) -> float | None:
     """Dense bfloat16 FLOP/s of a device at its peak; None where that is not known (CPU, other chips)."""
     return next((flops for start, flops in _PEAK_FLOPS if device.device_kind.startswith(start)), None)
-
-
-@jax.jit
-def _all_finite(leaves: list[Any]) -> Bool[Array, " n"]:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves])
-
-
-def first_nonfinite(tree: Any) -> str | None:
-    """Path of the first leaf, in tree order, that holds a NaN or an infinity; None where all are finite.
-
-    Leaves that are not floating point are passed over.
-    """
-    leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-              if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    finite = jax.device_get(_all_finite([leaf for _, leaf in leaves])) if leaves else []
-    bad = (path for (path, _), ok in zip(leaves, finite, strict=True) if not ok)
-    return next((jax.tree_util.keystr(path, simple=True, separator="/") for path in bad), None)
 
 
 class MetricsWriter:
