@@ -42,6 +42,7 @@ def test_runs_take_turns_after_a_warm_up_of_each() -> None:
         assert timing.compile_s == max(0.0, timing.first_call_s - timing.median_s)
 
 
+@pytest.mark.slow
 def test_variants_are_matched_in_parameters_and_decode() -> None:
     model = dataclasses.replace(TINY, attention=GQAConfig(num_heads=8, num_kv_heads=8, head_dim=8), ffn_dim=192)
     record = bench_decode.measure(dataclasses.replace(DECODE, model=model, variants="mfa,mfa-kr"))
@@ -76,6 +77,7 @@ def test_decoding_gives_the_most_likely_tokens() -> None:
     np.testing.assert_array_equal(np.asarray(logits)[:, 4:-1].argmax(-1), tokens)
 
 
+@pytest.mark.slow
 def test_our_step_trains_and_leaves_the_given_parameters_alone() -> None:
     params = bench_decode.initial(TINY, 0)
     step = bench_train.our_step(TRAIN, params, benchmark.random_tokens(TINY, 2, 17, 0))

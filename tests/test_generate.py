@@ -133,6 +133,7 @@ def test_a_conversation_compiles_once_per_bucket() -> None:
     assert generate_loop._generate._cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_sharded_decoding_equals_one_device() -> None:
     c = compiled(model_config("gqa"))
     expected = generate(c.model, c.params, PROMPTS, LENGTHS, GREEDY, KEY, max_new_tokens=NEW)

@@ -164,6 +164,7 @@ def test_extreme_settings_stay_finite() -> None:
             assert set(tokens) <= {0, 1, 2} and np.isfinite(logprobs).all()
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(
     logits=st.lists(st.integers(-40, 40).map(lambda x: x / 8), min_size=2, max_size=V),

@@ -30,6 +30,8 @@ from tests.contract import ATTENTION, model_config
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE = MeshConfig(data=1)
+# One worker runs them all, so that the run they share happens once.
+pytestmark = pytest.mark.xdist_group("train")
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +90,8 @@ def sgd_config(workdir: Path, variant: str, **changes: object) -> TrainConfig:
         warmup_steps=0, schedule="constant", learning_rate=1e-2, eps=1.0, clip_norm=None, weight_decay=0.0), **changes)
 
 
-@pytest.mark.parametrize("variant", [
-    "mfa", *(pytest.param(name, marks=pytest.mark.slow) for name in ATTENTION if name != "mfa")])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ATTENTION)
 def test_sharded_step_equals_single_device_leaf_by_leaf(variant: str, tmp_path: Path) -> None:
     """Adam with eps = 1 moves a parameter by about lr * gradient, so wrong gradients show; they agree to rounding."""
     single, single_metrics = one_step(sgd_config(tmp_path, variant), 1)
@@ -153,6 +155,7 @@ def metric_lines(workdir: str) -> list[dict]:
     return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_resuming_equals_the_uninterrupted_run_bit_for_bit(
     straight: tuple[TrainConfig, loop.TrainResult], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
