@@ -30,6 +30,16 @@ def weight(
     return module.param(name, initializer, shape, param_dtype).astype(dtype)
 
 
+def to_heads(x: Float[Array, "*B D"], w: Float[Array, "D N H"]) -> Float[Array, "*B N H"]:
+    """`x W_n` for every head n, as one plain matrix product: on CPU an einsum over `N, H` takes twice the time."""
+    return jnp.matmul(x, w.reshape(w.shape[0], -1)).reshape(*x.shape[:-1], *w.shape[1:])
+
+
+def from_heads(o: Float[Array, "*B N H"], w: Float[Array, "N H D"]) -> Float[Array, "*B D"]:
+    """`sum_n o_n W_n`, as one plain matrix product like `to_heads`."""
+    return jnp.matmul(o.reshape(*o.shape[:-2], -1), w.reshape(-1, w.shape[-1]))
+
+
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x ** 2) + eps) * scale`, the mean in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
 

@@ -57,7 +57,7 @@ class _Tokens(NamedTuple):
 def blockwise_attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S h"], *, scale: float,
     offset: Int[Array, " B"] | None = None, segments: Int[Array, "B T"] | None = None,
-    alibi_slopes: Float[Array, " N"] | None = None, query_block: int = 256, key_block: int = 256,
+    alibi_slopes: Float[Array, " N"] | None = None, query_block: int = 128, key_block: int = 128,
 ) -> Float[Array, "B T N h"]:
     """Attention as `core.attend` defines it, never holding more than a block of scores.
 

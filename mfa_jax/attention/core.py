@@ -29,6 +29,8 @@ from mfa_jax.attention.library import cudnn_attention, splash_attention, tokamax
 IMPLEMENTATIONS = ("dense", "blockwise", "splash", "cudnn", "tokamax")
 DENSE_SCORES = 1024 * 1024
 """`auto` forms all scores at once up to this many (query, key) pairs."""
+DENSE_QUERIES_ON_CPU = 256
+"""On CPU only up to this many queries: above, blocks that stay in its caches are faster."""
 _BATCH_AXES = ("data", "fsdp")
 _HEAD_AXES = ("tensor",)
 
@@ -87,7 +89,8 @@ def resolve(
     """The implementation that serves such a call on such a platform (`cpu`, `gpu`, `tpu`).
 
     `auto` takes the platform's library kernel where it can serve (`splash`, `cudnn`), otherwise `dense` up to
-    `DENSE_SCORES` pairs of query and key and `blockwise` above. A named implementation is never replaced.
+    `DENSE_SCORES` pairs of query and key (on CPU also `DENSE_QUERIES_ON_CPU` queries) and `blockwise` above. A named
+    implementation is never replaced.
 
     Args:
       compute_capability: of the NVIDIA GPU, such as 8.0 or 9.0; 0 for other GPUs.
@@ -104,7 +107,8 @@ def resolve(
         kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
         if kernel is not None and obstacle(kernel) is None:
             return kernel
-        return "dense" if T * S <= DENSE_SCORES else "blockwise"
+        few = T * S <= DENSE_SCORES and (platform != "cpu" or T <= DENSE_QUERIES_ON_CPU)
+        return "dense" if few else "blockwise"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: must be one of auto, {', '.join(IMPLEMENTATIONS)}")
     reason = obstacle(implementation)

@@ -13,7 +13,7 @@ from mfa_jax.attention.encoding import Encoding
 from mfa_jax.axes import constrain
 from mfa_jax.cache import KVCache, allocate
 from mfa_jax.config import GQAConfig, PositionConfig
-from mfa_jax.layers import weight
+from mfa_jax.layers import from_heads, to_heads, weight
 
 
 def init_cache(config: GQAConfig, batch: int, capacity: int, dtype: Any) -> KVCache:
@@ -52,10 +52,9 @@ class GQA(nn.Module):
                      **types)
 
         encoding = Encoding(self.position, H, N, inv_freq)
-        q = encoding.rotate(jnp.einsum("BTD,DNH->BTNH", x, W_Q), positions, head_axis=2)
-        # Swapped after the product: an einsum to BKTH makes XLA transpose the weights, at every decoded token.
-        k = encoding.rotate(jnp.einsum("BTD,DKH->BTKH", x, W_K).swapaxes(1, 2), positions, head_axis=1)
-        v = jnp.einsum("BTD,DKH->BTKH", x, W_V).swapaxes(1, 2)
+        q = encoding.rotate(to_heads(x, W_Q), positions, head_axis=2)
+        k = encoding.rotate(to_heads(x, W_K).swapaxes(1, 2), positions, head_axis=1)
+        v = to_heads(x, W_V).swapaxes(1, 2)
         q = constrain(q, "batch", None, "heads", None)
         offset = None
         if cache is not None:
@@ -64,4 +63,4 @@ class GQA(nn.Module):
             k, v = cache.k, cache.v
         o = attend(q, k, v, scale=H**-0.5, offset=offset, segments=segments, alibi_slopes=encoding.slopes,
                    implementation=self.implementation)
-        return jnp.einsum("BTNH,NHD->BTD", o, W_O), cache
+        return from_heads(o, W_O), cache

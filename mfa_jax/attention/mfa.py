@@ -13,7 +13,7 @@ from mfa_jax.attention.encoding import Encoding
 from mfa_jax.axes import constrain
 from mfa_jax.cache import SharedKVCache, allocate
 from mfa_jax.config import MFAConfig, MFAKRConfig, PositionConfig
-from mfa_jax.layers import RMSNorm, weight
+from mfa_jax.layers import RMSNorm, from_heads, to_heads, weight
 
 
 def init_cache(config: MFAConfig, batch: int, capacity: int, dtype: Any) -> SharedKVCache:
@@ -33,7 +33,7 @@ def factored_queries(
     c_q = jnp.einsum("BTD,DQ->BTQ", x, S_q)
     if config.query_norm:
         c_q = RMSNorm(config.norm_eps, axis="query_rank", name="q_norm", **types)(c_q)
-    return constrain(jnp.einsum("BTQ,QNC->BTNC", c_q, Q), "batch", None, "heads", None)
+    return constrain(to_heads(c_q, Q), "batch", None, "heads", None)
 
 
 class MFA(nn.Module):
@@ -75,4 +75,4 @@ class MFA(nn.Module):
             k, v = cache.k, cache.v
         o = attend(q, k, v, scale=C**-0.5, offset=offset, segments=segments, alibi_slopes=encoding.slopes,
                    implementation=self.implementation)
-        return jnp.einsum("BTNC,NCD->BTD", o, O), cache
+        return from_heads(o, O), cache

@@ -13,7 +13,7 @@ from mfa_jax.attention.encoding import Encoding
 from mfa_jax.attention.mfa import factored_queries
 from mfa_jax.cache import KeyCache, allocate
 from mfa_jax.config import MFAKRConfig, PositionConfig
-from mfa_jax.layers import partitioned, weight
+from mfa_jax.layers import from_heads, partitioned, weight
 
 
 def init_cache(config: MFAKRConfig, batch: int, capacity: int, dtype: Any) -> KeyCache:
@@ -71,4 +71,4 @@ class MFAKR(nn.Module):
             # Keys are cached before rope: each is turned to its row index as it is read.
             k = cache.k if c.reuse == "post_rope" else encoding.rotate(cache.k, jnp.arange(cache.capacity))
             o = values(attend(q, k, cache.k, offset=offset, segments=segments, **options))
-        return jnp.einsum("BTNC,NCD->BTD", o, O), cache
+        return from_heads(o, O), cache

@@ -13,7 +13,7 @@ from mfa_jax.attention.encoding import Encoding
 from mfa_jax.axes import constrain
 from mfa_jax.cache import KeyCache, allocate
 from mfa_jax.config import MLAConfig, PositionConfig
-from mfa_jax.layers import RMSNorm, weight
+from mfa_jax.layers import RMSNorm, from_heads, to_heads, weight
 
 
 def init_cache(config: MLAConfig, batch: int, capacity: int, dtype: Any) -> KeyCache:
@@ -62,9 +62,9 @@ class MLA(nn.Module):
         k_rope = encoding.rotate(jnp.einsum("BTD,DR->BTR", x, W_KR), positions)
         options = {"scale": (M + R) ** -0.5, "alibi_slopes": encoding.slopes, "implementation": self.implementation}
         if cache is None:
-            k_nope = jnp.einsum("BTC,CNM->BNTM", latent, W_UK)
+            k_nope = to_heads(latent, W_UK).swapaxes(1, 2)
             k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, None], (*k_nope.shape[:3], R))], axis=-1)
-            v = jnp.einsum("BTC,CNh->BNTh", latent, W_UV)
+            v = to_heads(latent, W_UV).swapaxes(1, 2)
             o = attend(jnp.concatenate([q_nope, q_rope], axis=-1), k, v, segments=segments, **options)
         else:
             offset = cache.length
@@ -74,16 +74,16 @@ class MLA(nn.Module):
             # instead would copy it.
             average = attend(absorbed, cache.k, cache.k, offset=offset, segments=segments, **options)[..., :C]
             o = jnp.einsum("BTNC,CNh->BTNh", average, W_UV)
-        return jnp.einsum("BTNh,NhD->BTD", o, W_O), cache
+        return from_heads(o, W_O), cache
 
     def _queries(self, x: Float[Array, "B T D"], types: dict[str, Any]) -> Float[Array, "B T N H"]:
         c, D = self.config, x.shape[-1]
         N, H = c.num_heads, c.nope_dim + c.rope_dim
         if c.query_rank is None:
             W_Q = weight(self, "W_Q", (D, N, H), ("embed", "heads", "head_dim"), fan_in=D, **types)
-            return jnp.einsum("BTD,DNH->BTNH", x, W_Q)
+            return to_heads(x, W_Q)
         W_DQ = weight(self, "W_DQ", (D, c.query_rank), ("embed", "query_rank"), fan_in=D, **types)
         W_UQ = weight(self, "W_UQ", (c.query_rank, N, H), ("query_rank", "heads", "head_dim"), fan_in=c.query_rank,
                       **types)
         c_q = RMSNorm(c.norm_eps, axis="query_rank", name="q_norm", **types)(jnp.einsum("BTD,DQ->BTQ", x, W_DQ))
-        return jnp.einsum("BTQ,QNH->BTNH", c_q, W_UQ)
+        return to_heads(c_q, W_UQ)
