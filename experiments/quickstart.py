@@ -61,7 +61,7 @@ def train_config(config: QuickstartConfig) -> TrainConfig:
 def decode(config: QuickstartConfig) -> dict[str, str]:
     """What the trained model writes after each prompt: one batch, one compiled call."""
     trained = load_trained(config.workdir)
-    sampling = SamplingConfig(temperature=0.7, top_p=0.9, vocab_limit=trained.tokenizer.vocab_size)
+    sampling = SamplingConfig(temperature=0.8, top_p=0.95, vocab_limit=trained.tokenizer.vocab_size)
     texts = complete(trained.model, trained.params, trained.tokenizer, PROMPTS, sampling, jax.random.key(config.seed),
                      max_new_tokens=64 if config.tiny else 256)
     return dict(zip(PROMPTS, texts, strict=True))

@@ -73,7 +73,7 @@ of Python's standard library. Held-out documents: {metrics["eval_bits_per_byte"]
 
 ## What it writes
 
-Decoded from the checkpoint, through the cache, temperature 0.7, top-p 0.9; the first line of each begins with the
+Decoded from the checkpoint, through the cache, temperature 0.8, top-p 0.95; the first line of each begins with the
 prompt.
 
 {written}
