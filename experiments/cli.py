@@ -46,6 +46,7 @@ def run(main: Callable[[], object]) -> None:
     # Orbax logs the traceback of a save that failed from its own thread; the error itself reaches us and is one line.
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_late_writes(sys.unraisablehook)
     try:
         main()
     except KeyboardInterrupt:
@@ -56,6 +57,15 @@ def run(main: Callable[[], object]) -> None:
             raise
         print(f"error: {_describe(error)}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, ArithmeticError) else 2) from None
+
+
+def _without_late_writes(report: Callable[[Any], object]) -> Callable[[Any], object]:
+    """`report`, but for the writes of a failed save that end after its event loop: they have nobody left to tell."""
+    def hook(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            report(unraisable)
+
+    return hook
 
 
 def _describe(error: Exception) -> str:

@@ -240,6 +240,19 @@ def test_libraries_log_no_traceback_of_an_error_that_is_reported(capfd: pytest.C
     assert capfd.readouterr() == ("", "error: No space left on device: a\n")
 
 
+@pytest.mark.parametrize(("message", "shown"), [("Event loop is closed", False), ("something else", True)])
+def test_a_write_that_ends_after_a_failed_save_is_not_reported(
+    message: str, shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Write:
+        def __del__(self) -> None:
+            raise RuntimeError(message)
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    cli.run(lambda: Write() and None)
+    assert (message in capsys.readouterr().err) == shown
+
+
 @pytest.mark.parametrize("error", [RuntimeError("bug"), TypeError("bug"), OSError(errno.EIO, "Input/output error"),
                                    ZeroDivisionError("bug"), OverflowError("bug"), FloatingPointError("bug")])
 def test_other_errors_propagate(error: Exception) -> None:
