@@ -28,6 +28,7 @@ from mfa_jax.train.run import load_trained
 
 VARIANTS = ("mha", "gqa", "mqa", "mla", "mfa", "mfa-kr")
 PROMPTS = ("def ", "class ", "import ", "    for ")
+SAMPLING = SamplingConfig(temperature=0.8, top_p=0.95)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def train_config(config: QuickstartConfig) -> TrainConfig:
 def decode(config: QuickstartConfig) -> dict[str, str]:
     """What the trained model writes after each prompt: one batch, one compiled call."""
     trained = load_trained(config.workdir)
-    sampling = SamplingConfig(temperature=0.8, top_p=0.95, vocab_limit=trained.tokenizer.vocab_size)
+    sampling = dataclasses.replace(SAMPLING, vocab_limit=trained.tokenizer.vocab_size)
     texts = complete(trained.model, trained.params, trained.tokenizer, PROMPTS, sampling, jax.random.key(config.seed),
                      max_new_tokens=64 if config.tiny else 256)
     return dict(zip(PROMPTS, texts, strict=True))
@@ -103,7 +104,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*report.cells(row))
     console.print(table)
-    page = report.write(Path(config.workdir), train_config(config), result.metrics, texts, rows)
+    page = report.write(Path(config.workdir), train_config(config), result.metrics, texts, SAMPLING, rows)
     console.print(f"report: {page} ({time.perf_counter() - began:.0f} s)")
 
 

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from mfa_jax.config import TrainConfig
+from mfa_jax.generate import SamplingConfig
 
 
 def _column(title: str) -> Any:
@@ -41,7 +42,8 @@ def cells(row: Row) -> list[str]:
 
 
 def write(
-    workdir: Path, config: TrainConfig, metrics: dict[str, float], texts: dict[str, str], rows: Sequence[Row]
+    workdir: Path, config: TrainConfig, metrics: dict[str, float], texts: dict[str, str], sampling: SamplingConfig,
+    rows: Sequence[Row],
 ) -> Path:
     """Writes the page and its pictures into `workdir`; returns the page's path."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -52,11 +54,13 @@ def write(
     _plot_bars(rows, {"frh": "FRH: factorization rank per head", "slsd": "SLSD: shared latent subspace dimension",
                       "ter": "TER: total effective rank"}, "rank, dimensions per layer", workdir / "ranks.png")
     page = workdir / "report.md"
-    page.write_text(_page(config, metrics, texts, rows))
+    page.write_text(_page(config, metrics, texts, sampling, rows))
     return page
 
 
-def _page(config: TrainConfig, metrics: dict[str, float], texts: dict[str, str], rows: Sequence[Row]) -> str:
+def _page(
+    config: TrainConfig, metrics: dict[str, float], texts: dict[str, str], sampling: SamplingConfig, rows: Sequence[Row]
+) -> str:
     fields = dataclasses.fields(Row)
     header = "| " + " | ".join(f.metadata["title"] for f in fields) + " |"
     body = ["| " + " | ".join(cells(row)) + " |" for row in rows]
@@ -73,8 +77,8 @@ of Python's standard library. Held-out documents: {metrics["eval_bits_per_byte"]
 
 ## What it writes
 
-Decoded from the checkpoint, through the cache, temperature 0.8, top-p 0.95; the first line of each begins with the
-prompt.
+Decoded from the checkpoint, through the cache, temperature {sampling.temperature:g}, top-p {sampling.top_p:g};
+the first line of each begins with the prompt.
 
 {written}
 ## What the factorization buys

@@ -69,7 +69,7 @@ def decode_attention(
 
 
 def resolve(implementation: str) -> str:
-    """The implementation that serves; `auto` is `xla`, the fastest that there is.
+    """The implementation that serves; `auto` is `xla`, since `reference` holds all scores and is there to compare with.
 
     Raises:
       ValueError: an unknown name.
