@@ -15,8 +15,11 @@ import jax
 import tyro
 
 from experiments.cli import parse, run
+from mfa_jax.attention import decode_call
 from mfa_jax.config import require
-from mfa_jax.generate import SamplingConfig, complete, stream_text
+from mfa_jax.generate import SamplingConfig, bucket, complete, stream_text
+from mfa_jax.kernels import default_device, resolve
+from mfa_jax.model.transformer import Transformer
 from mfa_jax.train.run import Trained, load_trained
 
 
@@ -46,8 +49,10 @@ class DecodeConfig:
     """Stop where the model ends a document."""
     capacity: int | None = None
     """Tokens that the cache holds; none for what is needed."""
-    cache_dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the cached arrays; none for the model's."""
+    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Type of the cached arrays, int8 with a scale a token; none for the model's."""
+    implementation: Literal["auto", "reference", "xla"] | None = None
+    """Decode kernel; auto takes the device's own where it can serve, none what the run's config says."""
     step: int | None = None
     """Checkpoint to read; none for the newest intact one."""
     ema: bool = False
@@ -76,6 +81,23 @@ def _decode(config: DecodeConfig, trained: Trained, prompts: tuple[str, ...]) ->
     print()
 
 
+def _with_kernel(config: DecodeConfig, trained: Trained) -> Trained:
+    """The model with the kernel that was asked for; says which one decodes it.
+
+    Raises:
+      NotImplementedError: the kernel can't serve this model on this device.
+    """
+    model = trained.model.config
+    if config.implementation is not None:
+        model = dataclasses.replace(model, decode_implementation=config.implementation)
+    call = decode_call(model.attention, model.position, capacity=config.capacity or bucket(config.max_new_tokens),
+                       dtype=model.dtype, cache_dtype=config.cache_dtype or model.dtype)
+    chosen = resolve(model.decode_implementation, call, default_device())
+    print(f"step {trained.step} of {config.workdir}: {model.attention.variant}, {jax.devices()[0].platform}, "
+          f"decode attention by {chosen}", file=sys.stderr)
+    return dataclasses.replace(trained, model=Transformer(model))
+
+
 def main() -> None:
     config = parse(DecodeConfig)
     require(config.max_new_tokens >= 1, "max_new_tokens", config.max_new_tokens, "must be at least 1")
@@ -83,8 +105,7 @@ def main() -> None:
     trained = load_trained(config.workdir, step=config.step, ema=config.ema)
     for step, reason in trained.skipped.items():
         print(f"step {step} is skipped: {reason}", file=sys.stderr)
-    print(f"step {trained.step} of {config.workdir}: {trained.config.model.attention.variant}, "
-          f"{jax.devices()[0].platform}", file=sys.stderr)
+    trained = _with_kernel(config, trained)
     if config.prompt:
         _decode(config, trained, config.prompt)
         return

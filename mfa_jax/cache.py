@@ -9,6 +9,9 @@
 The sequence axis comes after the heads, so that the products of a decode step read each array as it lies. `length
 [B]` counts the tokens of each row. `append` past the end writes nothing there, goes on counting and so raises the
 `overflowed` flag; where it is known at trace time that the tokens can't fit, it raises instead.
+
+Streams of int8 hold `round(127 x / max|x|)` of each token (and key head), and `max|x| / 127` in a float32 array beside
+them, `k_scale` or `v_scale [B, *K, S]`: W + 4 bytes a token of width W. Tokens are rounded as they are appended.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,21 @@ class Cache:
     @property
     def streams(self) -> tuple[Any, ...]:
         """The arrays that hold tokens."""
-        return tuple(getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "length")
+        return tuple(getattr(self, name) for name in self._names)
+
+    @property
+    def scales(self) -> tuple[Any, ...]:
+        """For each stream, what its tokens are multiplied by; None where they are not int8."""
+        return tuple(getattr(self, f"{name}_scale") for name in self._names)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(f.name for f in dataclasses.fields(self) if f.name in ("k", "v"))
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether the arrays of one layer have an axis of key heads."""
+        return isinstance(self, KVCache)
 
     @property
     def capacity(self) -> int:
@@ -46,34 +63,55 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the token arrays as allocated."""
-        return sum(stream.size * stream.dtype.itemsize for stream in self.streams)
+        """Bytes of the token arrays as allocated, scales counted in."""
+        arrays = [x for x in (*self.streams, *self.scales) if x is not None]
+        return sum(x.size * x.dtype.itemsize for x in arrays)
 
     def with_length(self, length: Int[Array, "*B"]) -> Self:
         """The same arrays with other lengths: rows cut back to their prompts after a padded prefill."""
         return dataclasses.replace(self, length=length)
 
-    def _append(self, *new: Float[Array, "B *K T W"]) -> Self:
-        tokens = new[0].shape[-2]
+    def check_room(self, tokens: int) -> None:
+        """Refuses more tokens at once than a row can hold."""
         if tokens > self.capacity:
             raise ValueError(f"{tokens} tokens do not fit into a cache of {self.capacity}; allocate at least {tokens}")
-        rows = jnp.arange(self.length.shape[0])[:, None]
-        columns = self.length[:, None] + jnp.arange(tokens)
-        names = [f.name for f in dataclasses.fields(self) if f.name != "length"]
-        written = {
-            name: _write(stream, rows, columns, tokens_of)
-            for name, stream, tokens_of in zip(names, self.streams, new, strict=True)
-        }
+
+    def append(self, *new: Float[Array, "B *K T W"], start: Any = 0) -> Self:
+        """The cache with T more tokens in each row, given for each stream.
+
+        Args:
+          start: position of the first token that these arrays have room for, where they are one shard of a sequence;
+            tokens outside the shard are left out.
+        """
+        rows, tokens = jnp.arange(self.length.shape[0])[:, None], new[0].shape[-2]
+        columns = self.length[:, None] + jnp.arange(tokens) - start
+        # An index below zero would count from the end.
+        columns = jnp.where(columns < 0, self.capacity, columns)
+        written: dict[str, Any] = {}
+        for name, stream, scale, tokens_of in zip(self._names, self.streams, self.scales, new, strict=True):
+            if scale is not None:
+                tokens_of, scale_of = quantize(tokens_of)
+                written[f"{name}_scale"] = _write(scale, rows, columns, scale_of, self.has_heads)
+            written[name] = _write(stream, rows, columns, tokens_of.astype(stream.dtype), self.has_heads)
         return dataclasses.replace(self, length=self.length + tokens, **written)
 
+    def read(self, dtype: Any) -> tuple[Any, ...]:
+        """The streams as arrays of `dtype`; those of int8 multiplied by their scales, the others as they are."""
+        return tuple(stream if scale is None else (stream * scale[..., None]).astype(dtype)
+                     for stream, scale in zip(self.streams, self.scales, strict=True))
 
-def _write(
-    stream: Float[Array, "B *K S W"], rows: Int[Array, "B 1"], columns: Int[Array, "B T"], new: Float[Array, "B *K T W"]
-) -> Float[Array, "B *K S W"]:
-    new = new.astype(stream.dtype)
-    if stream.ndim == 4:
-        return stream.at[rows, :, columns].set(new.swapaxes(1, 2), mode="drop")
-    return stream.at[rows, columns].set(new, mode="drop")
+
+def quantize(x: Float[Array, "*B W"]) -> tuple[Int8[Array, "*B W"], Float[Array, "*B"]]:
+    """Int8 and the scale of each row that gives `x` back, to half a scale: `max|x| / 127`."""
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(axis=-1) / 127
+    return jnp.round(x / jnp.where(scale == 0, 1, scale)[..., None]).astype(jnp.int8), scale
+
+
+def _write(x: Array, rows: Int[Array, "B 1"], columns: Int[Array, "B T"], new: Array, has_heads: bool) -> Array:
+    if has_heads:
+        return x.at[rows, :, columns].set(new.swapaxes(1, 2), mode="drop")
+    return x.at[rows, columns].set(new, mode="drop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +122,10 @@ class KVCache(Cache):
     """[B, K, S, H]"""
     v: Any
     """[B, K, S, h]"""
-
-    def append(self, k: Float[Array, "B K T H"], v: Float[Array, "B K T h"]) -> KVCache:
-        """The cache with T more tokens in each row."""
-        return self._append(k, v)
+    k_scale: Any = None
+    """[B, K, S] for int8, else None."""
+    v_scale: Any = None
+    """[B, K, S] for int8, else None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +136,10 @@ class SharedKVCache(Cache):
     """[B, S, C]"""
     v: Any
     """[B, S, C]"""
-
-    def append(self, k: Float[Array, "B T C"], v: Float[Array, "B T C"]) -> SharedKVCache:
-        """The cache with T more tokens in each row."""
-        return self._append(k, v)
+    k_scale: Any = None
+    """[B, S] for int8, else None."""
+    v_scale: Any = None
+    """[B, S] for int8, else None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +148,8 @@ class KeyCache(Cache):
 
     k: Any
     """[B, S, W]"""
-
-    def append(self, k: Float[Array, "B T W"]) -> KeyCache:
-        """The cache with T more tokens in each row."""
-        return self._append(k)
+    k_scale: Any = None
+    """[B, S] for int8, else None."""
 
 
 for _layout in (KVCache, SharedKVCache, KeyCache):
@@ -121,6 +157,7 @@ for _layout in (KVCache, SharedKVCache, KeyCache):
 
 
 def allocate(layout: type[Cache], batch: int, *shapes: Sequence[int], dtype: Any) -> Any:
-    """An empty cache: zeros of `[batch, *shape]` for each stream, lengths zero."""
+    """An empty cache: zeros of `[batch, *shape]` for each stream, lengths zero; int8 gets scales besides."""
     arrays = [jnp.zeros((batch, *shape), dtype) for shape in shapes]
-    return layout(jnp.zeros((batch,), jnp.int32), *arrays)
+    scales = [jnp.zeros(x.shape[:-1], jnp.float32) for x in arrays if x.dtype == jnp.int8]
+    return layout(jnp.zeros((batch,), jnp.int32), *arrays, *scales)

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "mfa_jax").rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 300, 60
 
-_VARIANT = {"config", "axes", "cache", "positions", "kernels", "layers", "attention.core", "attention.encoding"}
+_VARIANT = {"config", "axes", "cache", "positions", "kernels", "layers", "attention.core", "attention.cached",
+            "attention.encoding"}
 _CORE = {"positions", "kernels", "attention.core", "attention.blockwise", "attention.library"}
 _MODEL = {"attention", "config", "axes", "cache", "layers", "positions", "model"}
 _USES_MODEL = _MODEL | {"capacity", "data", "kernels"}
@@ -30,10 +31,11 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config", "data"},
     "cache": {"axes"},
     "layers": {"axes"},
-    "attention": {"attention", "config", "cache"},
+    "attention": {"attention", "config", "cache", "kernels"},
     "attention.core": _CORE,
     "attention.blockwise": _CORE,
     "attention.library": _CORE,
+    "attention.cached": _CORE | {"cache"},
     "attention.encoding": {"config", "positions"},
     "attention.gqa": _VARIANT,
     "attention.mla": _VARIANT,

@@ -15,6 +15,7 @@ from mfa_jax import attention, capacity
 from mfa_jax.attention.mla import MLA
 from mfa_jax.circuits import circuits
 from mfa_jax.config import GQAConfig, MFAConfig, PositionConfig
+from mfa_jax.kernels import IMPLEMENTATIONS
 from mfa_jax.model.loss import cross_entropy
 from mfa_jax.model.transformer import Transformer, init_cache, unembedding, unstack_layers
 from tests.contract import ATTENTION, ENCODINGS, B, L, T, V, compiled, model_config, tokens
@@ -30,16 +31,23 @@ encodings = pytest.mark.parametrize(
     "encoding", [pytest.param(name, marks=() if name == "rope" else pytest.mark.slow) for name in ENCODINGS])
 
 
-# Rounding cached keys and values to bfloat16, relative 2 ** -9, moves logits of unit variance by hundredths.
-CACHE_DTYPES = {"float32": 2e-5, "bfloat16": 0.06}
+# Rounding cached keys and values to bfloat16, relative 2 ** -9, moves logits of unit variance by hundredths; int8
+# rounds to 1 / 254 of a token's largest element, some 2.5 of its root mean square: at most five times as coarse.
+CACHE_DTYPES = {"float32": 2e-5, "bfloat16": 0.06, "int8": 0.12}
+# The default runs with each type of cache, the other backends with one: their own suite has the rest.
+backend_and_dtype = pytest.mark.parametrize(("backend", "dtype"), [
+    *(("auto", dtype) for dtype in CACHE_DTYPES),
+    *(pytest.param(name, "float32", marks=pytest.mark.slow) for name in IMPLEMENTATIONS if name != "xla")])
 
 
 @variants
 @encodings
-@pytest.mark.parametrize("dtype", CACHE_DTYPES)
-def test_prefill_then_decode_equals_the_full_forward_for_every_split(variant: str, encoding: str, dtype: str) -> None:
+@backend_and_dtype
+def test_prefill_then_decode_equals_the_full_forward_for_every_split(
+    variant: str, encoding: str, backend: str, dtype: str
+) -> None:
     """Row r prefills r + 1 tokens and decodes the rest. The rows are ragged: padded to one prefill, then cut back."""
-    c = compiled(model_config(variant, encoding))
+    c = compiled(model_config(variant, encoding, decode_implementation=backend))
     rows = jnp.broadcast_to(tokens()[:1], (T, T))
     full = np.asarray(c.full(c.params, rows))[0]
     start = jnp.arange(1, T + 1)
@@ -118,13 +126,15 @@ def test_rows_and_packed_segments_do_not_see_each_other(variant: str, encoding: 
 
 
 @variants
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_cache_bytes_equal_the_closed_form(variant: str, dtype: str) -> None:
     config = model_config(variant)
     cache = init_cache(config, B, CAPACITY, dtype)
     closed = capacity.cache_bytes_per_token(config.attention, config.num_layers, dtype)
-    assert cache.nbytes == closed * B * CAPACITY
-    assert cache.nbytes == sum(stream.nbytes for stream in cache.streams)
+    scales = 4 * L * sum(scale[0, 0, ..., 0].size for scale in cache.scales if scale is not None)
+    assert (scales > 0) == (dtype == "int8")
+    assert cache.nbytes == (closed + scales) * B * CAPACITY
+    assert cache.nbytes == sum(x.nbytes for x in (*cache.streams, *cache.scales) if x is not None)
 
 
 @variants

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mfa_jax.kernels import IMPLEMENTATIONS, decode_attention, resolve, xla
+from mfa_jax.kernels import IMPLEMENTATIONS, Call, Device, decode_attention, resolve, xla
 
 VARIANTS = ("mfa", "mfa_kr", "mla")
 backends = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
@@ -156,9 +156,9 @@ def test_the_loop_ends_at_the_longest_length() -> None:
 
 @pytest.mark.parametrize(("changes", "error", "message"), [
     ({"q": jnp.zeros((2, 9, 3, 16))}, NotImplementedError, r"T=9: decodes 1 to 8 tokens at once"),
-    ({"k": jnp.zeros((2, 20, 12))}, ValueError, r"k.shape=\(2, 20, 12\): must be \[2, S, 16\]"),
+    ({"k": jnp.zeros((2, 20, 12))}, ValueError, r"k.shape=\(2, 20, 12\): must be \[2, S, 16\], or \[2, K, S, 16\]"),
     ({"lengths": jnp.array([3, 21])}, ValueError, r"lengths=\[3, 21\]: must be in 0 .. 20"),
-    ({"v": jnp.zeros((2, 19, 16))}, ValueError, r"v.shape=\(2, 19, 16\): must be \[2, 20, h\]"),
+    ({"v": jnp.zeros((2, 19, 16))}, ValueError, r"v.shape=\(2, 19, 16\): must be as k \(2, 20, 16\)"),
     ({"rope": jnp.ones(8)}, ValueError, r"rope=\(8,\): only with v=None"),
     ({"v": None, "rope": jnp.ones(7)}, ValueError, r"rope.shape=\(7,\): must be \(8,\)"),
     ({"value_width": 8}, ValueError, r"value_width=8: .* only with v=None"),
@@ -173,6 +173,11 @@ def test_bad_input_is_named(changes: dict[str, Any], error: type[Exception], mes
         decode_attention(**call)
 
 
-def test_auto_can_be_asked_what_it_chose() -> None:
-    assert resolve("auto") == "xla"
-    assert resolve("reference") == "reference"
+CALL = Call(T=1, N=64, S=4096, H=256, h=256, dtype=jnp.bfloat16, cache_dtype=jnp.bfloat16, shared=False)
+
+
+@pytest.mark.parametrize(("implementation", "platform", "chosen"), [
+    ("auto", "cpu", "xla"), ("reference", "cpu", "reference"), ("xla", "tpu", "xla"),
+])
+def test_what_serves_can_be_asked(implementation: str, platform: str, chosen: str) -> None:
+    assert resolve(implementation, CALL, Device(platform)) == chosen

@@ -46,6 +46,9 @@ def test_train_resume_and_decode_as_the_readme_says(tmp_path: Path) -> None:
     greedy = [run_script(*decode, "--temperature", "0") for _ in range(2)]
     assert greedy[0].returncode == 0 and greedy[0].stdout.startswith("def ")
     assert greedy[0].stdout == greedy[1].stdout
+    assert "decode attention by xla" in greedy[0].stderr
+    named = run_script(*decode, "--temperature", "0", "--implementation", "reference", "--cache-dtype", "int8")
+    assert named.returncode == 0 and "decode attention by reference" in named.stderr
     assert run_script(*decode, "--capacity", "10").returncode == 2
     both = run_script(*decode, "--prompt", "class ")
     assert both.returncode == 0 and "class " in both.stdout

@@ -15,8 +15,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mfa_jax.attention import gqa, mfa, mfa_kr, mla
+from mfa_jax.attention.cached import Serving
 from mfa_jax.cache import Cache
-from mfa_jax.config import AttentionConfig, PositionConfig
+from mfa_jax.config import AttentionConfig, GQAConfig, MFAKRConfig, MLAConfig, PositionConfig
+from mfa_jax.kernels import Call
+
+__all__ = ["Serving", "build", "decode_call", "init_cache"]
 
 _MODULES: dict[str, Any] = {"gqa": gqa.GQA, "mla": mla.MLA, "mfa": mfa.MFA, "mfa_kr": mfa_kr.MFAKR}
 _CACHES: dict[str, Any] = {
@@ -32,3 +36,19 @@ def build(config: AttentionConfig, position: PositionConfig, **fields: Any) -> n
 def init_cache(config: AttentionConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache of one layer for `batch` rows of up to `capacity` tokens."""
     return _CACHES[config.kind](config, batch, capacity, dtype)
+
+
+def decode_call(
+    config: AttentionConfig, position: PositionConfig, *, capacity: int, dtype: Any, cache_dtype: Any, T: int = 1
+) -> Call:
+    """What a layer of this config asks of a decode kernel for T new tokens a row: the argument of `kernels.resolve`."""
+    heads, width, turned = config.num_heads, config.rotated_dim, False
+    h = width
+    if isinstance(config, GQAConfig):
+        heads //= config.num_kv_heads
+    elif isinstance(config, MLAConfig):
+        width, h = config.latent_dim + config.rope_dim, config.latent_dim
+    elif isinstance(config, MFAKRConfig):
+        turned = position.kind == "rope" and config.reuse == "pre_rope"
+    return Call(T=T, N=heads, S=capacity, H=width, h=h, dtype=jnp.dtype(dtype), cache_dtype=jnp.dtype(cache_dtype),
+                shared=config.kind in ("mla", "mfa_kr"), rope=turned, alibi=position.kind == "alibi")

@@ -28,6 +28,20 @@ class Encoding:
         """ALiBi's slopes; None for the other encodings."""
         return jnp.asarray(pos.alibi_slopes(self.num_heads)) if self.position.kind == "alibi" else None
 
+    @property
+    def frequencies(self) -> Float[Array, " W"] | None:
+        """Rope's, [width / 2], in radians a token; None for the other encodings."""
+        if self.position.kind != "rope":
+            return None
+        if self.inv_freq is not None:
+            return self.inv_freq
+        return jnp.asarray(pos.rope_frequencies(self.width, self.position.base, self.position.scaling))
+
+    @property
+    def magnitude(self) -> float:
+        """What rope multiplies a query or a key by besides its turn; 1 but for yarn."""
+        return pos.rope_magnitude(self.position.scaling)
+
     def rotate(
         self, x: Float[Array, "..."], positions: Int[Array, "*B T"], head_axis: int | None = None
     ) -> Float[Array, "..."]:
@@ -40,11 +54,8 @@ class Encoding:
         """
         if self.position.kind != "rope":
             return x
-        scaling = self.position.scaling
-        inv_freq = self.inv_freq
-        if inv_freq is None:
-            inv_freq = jnp.asarray(pos.rope_frequencies(self.width, self.position.base, scaling))
-        cos, sin = pos.rope_table(positions, inv_freq, pos.rope_magnitude(scaling))
+        assert self.frequencies is not None
+        cos, sin = pos.rope_table(positions, self.frequencies, self.magnitude)
         if head_axis is not None:
             cos, sin = jnp.expand_dims(cos, head_axis), jnp.expand_dims(sin, head_axis)
         return pos.rotate(x, cos, sin)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from mfa_jax.attention.cached import Serving, cached_attention
 from mfa_jax.attention.core import attend
 from mfa_jax.attention.encoding import Encoding
 from mfa_jax.axes import constrain
@@ -35,6 +36,7 @@ class GQA(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     implementation: str = "auto"
+    serving: Serving = Serving()
     out_scale: float = 1.0
 
     @nn.compact
@@ -56,11 +58,9 @@ class GQA(nn.Module):
         k = encoding.rotate(to_heads(x, W_K).swapaxes(1, 2), positions, head_axis=1)
         v = to_heads(x, W_V).swapaxes(1, 2)
         q = constrain(q, "batch", None, "heads", None)
-        offset = None
-        if cache is not None:
-            offset = cache.length
-            cache = cache.append(k, v)
-            k, v = cache.k, cache.v
-        o = attend(q, k, v, scale=H**-0.5, offset=offset, segments=segments, alibi_slopes=encoding.slopes,
-                   implementation=self.implementation)
+        options: dict[str, Any] = {"scale": H**-0.5, "alibi_slopes": encoding.slopes, "segments": segments}
+        if cache is None:
+            o = attend(q, k, v, implementation=self.implementation, **options)
+        else:
+            o, cache = cached_attention(q, cache, (k, v), serving=self.serving, **options)
         return from_heads(o, W_O), cache

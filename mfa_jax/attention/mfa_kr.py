@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from mfa_jax.attention.cached import Serving, cached_attention
 from mfa_jax.attention.core import attend
 from mfa_jax.attention.encoding import Encoding
 from mfa_jax.attention.mfa import factored_queries
@@ -37,6 +38,7 @@ class MFAKR(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     implementation: str = "auto"
+    serving: Serving = Serving()
     out_scale: float = 1.0
 
     @nn.compact
@@ -61,14 +63,16 @@ class MFAKR(nn.Module):
         key = jnp.einsum("BTD,DC->BTC", x, S_k)
         if c.reuse == "post_rope":
             key = encoding.rotate(key, positions)
-        options = {"scale": C**-0.5, "alibi_slopes": encoding.slopes, "implementation": self.implementation}
+        options: dict[str, Any] = {"alibi_slopes": encoding.slopes, "segments": segments}
         if cache is None:
             k = key if c.reuse == "post_rope" else encoding.rotate(key, positions)
-            o = attend(q, k, values(key), segments=segments, **options)
+            o = attend(q, k, values(key), scale=C**-0.5, implementation=self.implementation, **options)
         else:
-            offset = cache.length
-            cache = cache.append(key)
-            # Keys are cached before rope: each is turned to its row index as it is read.
-            k = cache.k if c.reuse == "post_rope" else encoding.rotate(cache.k, jnp.arange(cache.capacity))
-            o = values(attend(q, k, cache.k, offset=offset, segments=segments, **options))
+            # Keys are cached before rope: each is turned to its row index as it is read, and yarn's factor, which the
+            # turn does not bring, goes into the scale.
+            turned = c.reuse == "post_rope"
+            u, cache = cached_attention(
+                q, cache, (key,), scale=C**-0.5 * (1 if turned else encoding.magnitude),
+                inv_freq=None if turned else encoding.frequencies, serving=self.serving, **options)
+            o = values(u)
         return from_heads(o, O), cache

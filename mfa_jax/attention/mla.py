@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from mfa_jax.attention.cached import Serving, cached_attention
 from mfa_jax.attention.core import attend
 from mfa_jax.attention.encoding import Encoding
 from mfa_jax.axes import constrain
@@ -38,6 +39,7 @@ class MLA(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     implementation: str = "auto"
+    serving: Serving = Serving()
     out_scale: float = 1.0
 
     @nn.compact
@@ -60,19 +62,17 @@ class MLA(nn.Module):
         q_nope, q_rope = q[..., :M], encoding.rotate(q[..., M:], positions, head_axis=2)
         latent = RMSNorm(c.norm_eps, axis="latent", name="kv_norm", **types)(jnp.einsum("BTD,DC->BTC", x, W_DKV))
         k_rope = encoding.rotate(jnp.einsum("BTD,DR->BTR", x, W_KR), positions)
-        options = {"scale": (M + R) ** -0.5, "alibi_slopes": encoding.slopes, "implementation": self.implementation}
+        options: dict[str, Any] = {"scale": (M + R) ** -0.5, "alibi_slopes": encoding.slopes, "segments": segments}
         if cache is None:
             k_nope = to_heads(latent, W_UK).swapaxes(1, 2)
             k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, None], (*k_nope.shape[:3], R))], axis=-1)
             v = to_heads(latent, W_UV).swapaxes(1, 2)
-            o = attend(jnp.concatenate([q_nope, q_rope], axis=-1), k, v, segments=segments, **options)
+            o = attend(jnp.concatenate([q_nope, q_rope], axis=-1), k, v, implementation=self.implementation,
+                       **options)
         else:
-            offset = cache.length
-            cache = cache.append(jnp.concatenate([latent, k_rope], axis=-1))
             absorbed = jnp.concatenate([jnp.einsum("BTNM,CNM->BTNC", q_nope, W_UK), q_rope], axis=-1)
-            # The whole cached row serves as value and the rope part of the average is dropped: slicing the cache
-            # instead would copy it.
-            average = attend(absorbed, cache.k, cache.k, offset=offset, segments=segments, **options)[..., :C]
+            average, cache = cached_attention(absorbed, cache, (jnp.concatenate([latent, k_rope], axis=-1),),
+                                              serving=self.serving, value_width=C, **options)
             o = jnp.einsum("BTNC,CNh->BTNh", average, W_UV)
         return from_heads(o, W_O), cache
 

@@ -1,0 +1,53 @@
+"""What a decode backend is asked before it is called: the facts of a call, and of the device it would run on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Shapes and types of one call of `decode_attention`, those of one key head."""
+
+    T: int
+    """New tokens of a row."""
+    N: int
+    """Query heads that share the keys."""
+    S: int
+    """Keys allocated."""
+    H: int
+    """Width of a key."""
+    h: int
+    """Width of a value."""
+    dtype: Any
+    """Of the queries."""
+    cache_dtype: Any
+    """Of the cached keys and values."""
+    shared: bool
+    """Keys serve as values."""
+    rope: bool = False
+    """Keys are stored before rope."""
+    alibi: bool = False
+    """Scores have ALiBi's bias."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What kernels are chosen by."""
+
+    platform: str
+    """`cpu`, `gpu` or `tpu`."""
+    kind: str = ""
+    """As JAX names it, such as `TPU v5 lite` or `NVIDIA H100 80GB HBM3`."""
+    compute_capability: float = 0.0
+    """Of an NVIDIA GPU, such as 9.0; else 0."""
+
+
+def default_device() -> Device:
+    """The first device of the default backend."""
+    device = jax.devices()[0]
+    cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
+    return Device(device.platform, device.device_kind, float(device.compute_capability) if cuda else 0.0)

@@ -1,0 +1,162 @@
+"""The one entry of decode attention: checks a call, chooses a backend, gives it one stream of keys at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mfa_jax.kernels import reference, xla
+from mfa_jax.kernels.calls import Call, Device, default_device
+
+
+class Backend(NamedTuple):
+    """One implementation: the function, and why it can't serve a call on a device (None if it can).
+
+    The function takes one stream of keys and `alibi_slopes [B, N]`, and gives averages and log-sum-exp in float32. A
+    length may lie outside 0 .. S: below 0 a row sees nothing; above S its queries stand past the last key.
+    """
+
+    run: Callable[..., Any]
+    obstacle: Callable[[Call, Device], str | None] = lambda call, device: None
+
+
+IMPLEMENTATIONS: dict[str, Backend] = {
+    "reference": Backend(reference.decode_attention), "xla": Backend(xla.decode_attention),
+}
+_KERNELS: dict[str, str] = {}
+"""What `auto` takes on a platform, where it can serve; `xla` otherwise."""
+MAX_QUERIES = 8
+"""Largest T: tokens drafted at once."""
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"], k: Array, v: Array | None, lengths: Int[Array, " B"], *, scale: float,
+    rope: Array | None = None, alibi_slopes: Array | None = None, k_scale: Array | None = None,
+    v_scale: Array | None = None, value_width: int | None = None, return_lse: bool = False,
+    implementation: str = "auto",
+) -> Any:
+    """`o_n = sum_j softmax_j(scale q_n . R(j) k_j - slope_n (i - j)) v_j` over the keys j that query i sees.
+
+    The keys include those of the T new tokens: query t of row b stands at `i = lengths[b] - T + t` and sees `j <= i`.
+    What lies past a length may be anything, nan included, and does not show. A query before the row's start (a row of
+    length 0, or T past the length) gives zeros and a log-sum-exp of -inf.
+
+    Args:
+      q: queries, already rotated to their positions where rope is used.
+      k: `[B, S, H]` cached keys, or `[B, K, S, H]`: head n reads key head `n // (N / K)`. int8 with `k_scale`.
+      v: cached values, as `k` but of width h; None where the keys serve as values: as they are stored, their first
+        `value_width` elements.
+      lengths: valid keys of each row, 0 .. S.
+      scale: what scores are multiplied by, usually `H ** -0.5`.
+      rope: `[H / 2]` frequencies of keys that are stored before rope, in radians a token; None where no turn is due.
+      alibi_slopes: `[N]`, a slope a head.
+      k_scale, v_scale: `[B, S]` or `[B, K, S]`, what a token's stored elements are multiplied by, for int8.
+      value_width: only with `v=None`; None for H.
+      return_lse: also the natural log-sum-exp of each query's scores, `[B, T, N]` float32.
+      implementation: a name of `IMPLEMENTATIONS`, or `auto`; see `resolve`.
+
+    Returns:
+      `[B, T, N, h]` in the type of `q`; with `return_lse` a pair.
+
+    Raises:
+      ValueError: shapes that do not fit together, lengths beyond S (where known), int8 without its scale or a scale
+        without int8, an unknown implementation.
+      NotImplementedError: T past `MAX_QUERIES`.
+    """
+    out, lse = averages(q, k, v, lengths, scale=scale, rope=rope, alibi_slopes=alibi_slopes, k_scale=k_scale,
+                        v_scale=v_scale, value_width=value_width, implementation=implementation)
+    out = out.astype(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def averages(
+    q: Array, k: Array, v: Array | None, lengths: Array, *, scale: float, rope: Array | None,
+    alibi_slopes: Array | None, k_scale: Array | None, v_scale: Array | None, value_width: int | None,
+    implementation: str,
+) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+    """`decode_attention` before its result is rounded to the type of `q`: averages and log-sum-exps in float32."""
+    _check(q, k, v, lengths, rope, alibi_slopes, k_scale, v_scale, value_width)
+    B, T, N, H = q.shape
+    K = k.shape[1] if k.ndim == 4 else 1
+    h = v.shape[-1] if v is not None else value_width or H
+    call = Call(T=T, N=N // K, S=k.shape[-2], H=H, h=h, dtype=q.dtype, cache_dtype=k.dtype, shared=v is None,
+                rope=rope is not None, alibi=alibi_slopes is not None)
+    run = IMPLEMENTATIONS[resolve(implementation, call, default_device())].run
+
+    def rows(x: Any) -> Any:
+        return x if x is None or k.ndim == 3 else x.reshape(B * K, *x.shape[2:])
+
+    slopes = None if alibi_slopes is None else jnp.broadcast_to(alibi_slopes.reshape(K, N // K), (B, K, N // K))
+    grouped = q.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B * K, T, N // K, H)
+    out, lse = run(
+        grouped, rows(k), rows(v), jnp.repeat(lengths, K), scale=scale, inv_freq=rope,
+        alibi_slopes=None if slopes is None else slopes.reshape(B * K, N // K), k_scale=rows(k_scale),
+        v_scale=rows(v_scale), value_width=value_width)
+    out = out.reshape(B, K, T, N // K, h).swapaxes(1, 2).reshape(B, T, N, h)
+    return out, lse.reshape(B, K, T, N // K).swapaxes(1, 2).reshape(B, T, N)
+
+
+def resolve(implementation: str, call: Call, device: Device) -> str:
+    """The implementation that serves such a call on such a device. A named one is never replaced.
+
+    `auto` is the kernel written for the platform where it can serve, otherwise `xla`; `reference` holds all scores and
+    is there to compare with.
+
+    Raises:
+      ValueError: an unknown name.
+      NotImplementedError: a named implementation can't serve the call; says why, and what can.
+    """
+    if implementation == "auto":
+        kernel = _KERNELS.get(device.platform)
+        return kernel if kernel is not None and IMPLEMENTATIONS[kernel].obstacle(call, device) is None else "xla"
+    _require(implementation in IMPLEMENTATIONS, "implementation", implementation,
+             f"must be one of auto, {', '.join(IMPLEMENTATIONS)}")
+    reason = IMPLEMENTATIONS[implementation].obstacle(call, device)
+    if reason is not None:
+        able = [name for name, backend in IMPLEMENTATIONS.items() if backend.obstacle(call, device) is None]
+        raise NotImplementedError(f"implementation={implementation!r}: {reason}; use one of auto, {', '.join(able)}")
+    return implementation
+
+
+def _check(
+    q: Array, k: Array, v: Any, lengths: Array, rope: Any, slopes: Any, k_scale: Any, v_scale: Any,
+    value_width: int | None,
+) -> None:
+    _require(q.ndim == 4, "q.shape", q.shape, "must be [B, T, N, H]")
+    B, T, N, H = q.shape
+    if not 1 <= T <= MAX_QUERIES:
+        raise NotImplementedError(f"T={T}: decodes 1 to {MAX_QUERIES} tokens at once; prefill is attention.core.attend")
+    _require(k.ndim in (3, 4) and k.shape[0] == B and k.shape[-1] == H, "k.shape", k.shape,
+             f"must be [{B}, S, {H}], or [{B}, K, S, {H}]")
+    if k.ndim == 4 and N % k.shape[1]:
+        raise ValueError(f"num_heads={N} is not a multiple of num_kv_heads={k.shape[1]}")
+    S = k.shape[-2]
+    _require(lengths.shape == (B,), "lengths.shape", lengths.shape, f"must be ({B},)")
+    if not isinstance(lengths, jax.core.Tracer):
+        _require(bool((lengths >= 0).all()) and bool((lengths <= S).all()), "lengths", lengths.tolist(),
+                 f"must be in 0 .. {S}, the keys allocated")
+    _require(v is None or v.shape[:-1] == k.shape[:-1], "v.shape", getattr(v, "shape", None),
+             f"must be as k {k.shape} but for the width")
+    _require(v is None or rope is None, "rope", getattr(rope, "shape", None),
+             "only with v=None: keys that are stored before rope are the values too")
+    _require(value_width is None or (v is None and 1 <= value_width <= H), "value_width", value_width,
+             f"must be in 1 .. {H}, and only with v=None")
+    _require(rope is None or (H % 2 == 0 and rope.shape == (H // 2,)), "rope.shape", getattr(rope, "shape", None),
+             f"must be ({H / 2:g},), half the width of the keys")
+    _require(slopes is None or slopes.shape == (N,), "alibi_slopes.shape", getattr(slopes, "shape", None),
+             f"must be ({N},)")
+    for name, array, scales in (("k_scale", k, k_scale), ("v_scale", v, v_scale)):
+        quantized = array is not None and array.dtype == jnp.int8
+        shape = getattr(scales, "shape", None)
+        _require(shape == (k.shape[:-1] if quantized else None), f"{name}.shape", shape,
+                 f"must be {k.shape[:-1]}: int8 has a scale a token" if quantized else
+                 "must be None: only int8 has scales")
+
+
+def _require(condition: bool, field: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise ValueError(f"{field}={value!r}: {accepted}")

@@ -1,0 +1,103 @@
+"""Decoding over a mesh of eight devices: every layout gives what one device gives, and holds what its table says."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mfa_jax import axes
+from mfa_jax.attention.cached import Serving, cached_attention
+from mfa_jax.cache import Cache, KeyCache, KVCache, SharedKVCache, allocate
+from mfa_jax.kernels.sharded import LAYOUTS, choose
+
+B, N, S, C = 8, 8, 16, 8
+CACHES: dict[str, Any] = {
+    "mfa": (SharedKVCache, [(S, C), (S, C)]), "mfa_kr": (KeyCache, [(S, C)]), "mla": (KeyCache, [(S, C)]),
+    "gqa": (KVCache, [(4, S, C), (4, S, C)]),
+}
+
+
+def make(variant: str, T: int, dtype: str) -> tuple[jax.Array, Cache, tuple[jax.Array, ...], dict[str, Any]]:
+    """Ragged rows, those that are empty, full to the brim, and on either side of a shard of the sequence among them."""
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    kind, shapes = CACHES[variant]
+    cache = allocate(kind, B, *shapes, dtype=dtype)
+    held = tuple(jax.random.normal(next(keys), (B, *shape)) for shape in shapes)
+    length = jnp.array([0, 1, 3, 4, 7, 8, 9, S - T])
+    cache = cache.append(*held).with_length(length)
+    new = tuple(jax.random.normal(next(keys), (B, *shape[:-2], T, C)) for shape in shapes)
+    options: dict[str, Any] = {"scale": C**-0.5, "alibi_slopes": 2.0 ** -jnp.arange(1, N + 1)}
+    if variant == "mfa_kr":
+        options |= {"inv_freq": 10.0 ** -jnp.arange(C // 2), "alibi_slopes": None}
+    if variant == "mla":
+        options["value_width"] = C - 2
+    return jax.random.normal(next(keys), (B, T, N, C)), cache, new, options
+
+
+@pytest.mark.parametrize("variant", CACHES)
+@pytest.mark.parametrize("layout", ["auto", *LAYOUTS])
+@pytest.mark.parametrize(("sizes", "T", "dtype"), [
+    ((2, 1, 1, 1, 4), 1, "float32"), ((1, 1, 1, 2, 4), 3, "int8"), ((1, 2, 1, 4, 1), 2, "float32"),
+])
+def test_every_layout_equals_one_device(variant: str, layout: str, sizes: tuple[int, ...], T: int, dtype: str) -> None:
+    q, cache, new, options = make(variant, T, dtype)
+    wanted, wanted_cache = cached_attention(q, cache, new, serving=Serving(), **options)
+    mesh = axes.make_mesh(sizes)
+    with jax.set_mesh(mesh):
+        def step(q: Any, cache: Any, new: Any) -> Any:
+            return cached_attention(q, cache, new, serving=Serving(layout=layout), **options)
+
+        if variant == "gqa" and layout in ("batch", "sequence") and sizes[-1] > 1:
+            with pytest.raises(ValueError, match=f"layout='{layout}': needs one key head"):
+                step(q, cache, new)
+            return
+        out, after = jax.jit(step)(q, cache, new)
+    chex.assert_trees_all_close(out, wanted, atol=2e-6, rtol=2e-6)
+    chex.assert_trees_all_equal(after, wanted_cache)
+
+
+@pytest.mark.parametrize(("layout", "share", "exchanged"), [
+    ("heads", 1, set()), ("batch", 4, {"all-to-all"}), ("sequence", 4, {"all-gather", "all-reduce", "reduce-scatter"}),
+])
+def test_a_device_holds_and_exchanges_what_the_table_says(layout: str, share: int, exchanged: set[str]) -> None:
+    q, cache, new, options = make("mfa", 1, "float32")
+    mesh = axes.make_mesh((2, 1, 1, 1, 4))
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda *a: cached_attention(*a, serving=Serving(layout=layout), **options))
+        _, placed = step(q, cache, new)
+        text = step.lower(q, placed, new).compile().as_text()
+    found = set(re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text))
+    held = {sum(x.addressable_shards[i].data.nbytes for x in placed.streams) for i in range(8)}
+    assert held == {cache.nbytes // 2 // share}
+    # Placing the new tokens may gather them; nothing of the cache's size moves.
+    assert exchanged <= found <= exchanged | {"all-gather"}
+    moved = [int(np.prod([int(n) for n in shape.split(",")])) for shape in re.findall(
+        r"f32\[([\d,]+)\]\S* (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", text)]
+    assert max(moved, default=0) <= q.size
+
+
+@pytest.mark.parametrize(("sizes", "shape", "name"), [
+    ({"data": 2, "tensor": 4}, {"B": 8, "K": 1, "S": 64}, "batch"),
+    ({"data": 2, "tensor": 4}, {"B": 2, "K": 1, "S": 64}, "sequence"),
+    ({"data": 2, "tensor": 4}, {"B": 2, "K": 1, "S": 63}, "heads"),
+    ({"data": 2, "tensor": 4}, {"B": 8, "K": 4, "S": 64}, "heads"),
+    ({"data": 8, "tensor": 1}, {"B": 8, "K": 1, "S": 64}, "heads"),
+])
+def test_the_rule(sizes: dict[str, int], shape: dict[str, int], name: str) -> None:
+    assert choose(sizes, N=8, **shape).name == name
+
+
+@pytest.mark.parametrize(("layout", "shape", "message"), [
+    ("rows", {"B": 8, "S": 64}, "layout='rows': must be one of auto, heads, batch, sequence"),
+    ("batch", {"B": 6, "S": 64}, "layout='batch': needs one key head, heads N=8 and rows B=6"),
+    ("sequence", {"B": 8, "S": 63}, "layout='sequence': needs one key head, heads N=8 and positions S=63"),
+])
+def test_a_layout_that_cannot_split_says_why(layout: str, shape: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        choose({"data": 2, "tensor": 4}, N=8, K=1, layout=layout, **shape)
