@@ -2,6 +2,7 @@
 
     python -m experiments.bench_decode --json
     python -m experiments.bench_decode --variants mha,mqa,mla,mfa,mfa-kr
+    python -m experiments.bench_decode --no-peer --batch-size 1 --prompt-tokens 384 --spare 8192
 
 Both decode greedily through their caches, never stop early, in float32 on the same cores.
 """
@@ -50,6 +51,8 @@ class BenchDecodeConfig:
     variants: str = ""
     """Our other variants to measure besides, separated by commas: mha, gqa, mqa, mla, mfa, mfa-kr. They have the widths
     of the preset of this head width, and as many parameters as `model`."""
+    spare: int = 0
+    """Measure ours also in caches of this allocated length, whose rest stays empty; 0 for not."""
     seed: int = 0
     """Of the weights and the prompts."""
     json: bool = False
@@ -59,6 +62,13 @@ class BenchDecodeConfig:
         for name in ("batch_size", "prompt_tokens", "repeats", "threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.new_tokens >= 2, "new_tokens", self.new_tokens, "must be at least 2")
+        require(self.spare == 0 or self.spare > self.room, "spare", self.spare,
+                f"must be 0, or more than the {self.room} that are needed")
+
+    @property
+    def room(self) -> int:
+        """Tokens that a row's cache holds."""
+        return bucket(self.prompt_tokens + self.new_tokens)
 
 
 def variant_model(reference: ModelConfig, name: str) -> ModelConfig:
@@ -77,11 +87,12 @@ def variant_model(reference: ModelConfig, name: str) -> ModelConfig:
     return matched(reference, model_preset(f"{scales[head_dim]}-{name}").attention)
 
 
-def our_run(config: BenchDecodeConfig, model: ModelConfig, params: Any, new_tokens: int) -> Callable[[], np.ndarray]:
-    """A call that decodes `new_tokens` tokens a row and returns them; the cache is the one of the whole run."""
+def our_run(
+    config: BenchDecodeConfig, model: ModelConfig, params: Any, new_tokens: int, room: int
+) -> Callable[[], np.ndarray]:
+    """A call that decodes `new_tokens` tokens a row and returns them, in caches of `room` tokens a row."""
     prompts = random_tokens(config.model, config.batch_size, config.prompt_tokens, config.seed)
     lengths = np.full(config.batch_size, config.prompt_tokens)
-    room = bucket(config.prompt_tokens + config.new_tokens)
 
     def decode() -> np.ndarray:
         generated = generate(Transformer(model), params, prompts, lengths, SamplingConfig(temperature=0),
@@ -120,14 +131,18 @@ def measure(config: BenchDecodeConfig) -> dict[str, Any]:
     calls = {}
     for suffix, tokens in (("", config.new_tokens), (" first token", 1)):
         for name in ("ours", *(name for name in models if name != "ours")):
-            calls[name + suffix] = our_run(config, models[name], params[name], tokens)
+            calls[name + suffix] = our_run(config, models[name], params[name], tokens, config.room)
+            if config.spare:
+                calls[f"{name}, spare{suffix}"] = our_run(config, models[name], params[name], tokens, config.spare)
             if name == "ours" and peer is not None:
                 calls["peer" + suffix] = peer_run(config, peer, tokens)
     timings = take_turns(calls, config.repeats)
-    sides = {name: _side(config, timings[name], timings[f"{name} first token"], models.get(name))
+    sides = {name: _side(config, timings[name], timings[f"{name} first token"], models.get(name.split(",")[0]))
              for name in calls if not name.endswith("first token")}
     return {
         "benchmark": "decode", "config": to_dict(config), "machine": {**found, "load_after": machine(1)["load_before"]},
+        "spare_time": {name: _decoding_s(timings, f"{name}, spare") / _decoding_s(timings, name)
+                       for name in models if config.spare},
         "check": None if peer is None else _check(peer, calls), "sides": sides,
         "ratios": None if peer is None else {
             "tokens_per_s": sides["ours"]["tokens_per_s"] / sides["peer"]["tokens_per_s"],
@@ -136,6 +151,11 @@ def measure(config: BenchDecodeConfig) -> dict[str, Any]:
                 sides["ours"]["decode_only_tokens_per_s"] / sides["peer"]["decode_only_tokens_per_s"],
         },
     }
+
+
+def _decoding_s(timings: dict[str, Timing], name: str) -> float:
+    """Median time of the tokens after the first."""
+    return timings[name].median_s - timings[f"{name} first token"].median_s
 
 
 def initial(model: ModelConfig, seed: int) -> Any:
@@ -174,10 +194,14 @@ def to_table(record: dict[str, Any]) -> Table:
         table.add_row(name, f"{side['tokens_per_s']:.0f}", f"{1e3 * side['time_to_first_token_s']:.0f}",
                       f"{side['compile_s']:.1f}", str(side.get("parameters", "")),
                       str(side.get("cache_bytes_per_token", "")))
+    captions = []
     if record["ratios"] is not None:
-        table.caption = (f"ours / peer: tokens/s {record['ratios']['tokens_per_s']:.2f}, "
-                         f"first token {record['ratios']['time_to_first_token']:.2f}; largest relative difference of "
-                         f"logits {record['check']['logit_difference']:.1e}")
+        captions.append(f"ours / peer: tokens/s {record['ratios']['tokens_per_s']:.2f}, "
+                        f"first token {record['ratios']['time_to_first_token']:.2f}; largest relative difference of "
+                        f"logits {record['check']['logit_difference']:.1e}")
+    captions += [f"{name}: time of a decoded token with spare room / without {ratio:.2f}"
+                 for name, ratio in record["spare_time"].items()]
+    table.caption = "\n".join(captions)
     return table
 
 

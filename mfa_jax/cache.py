@@ -71,6 +71,21 @@ class Cache:
         """The same arrays with other lengths: rows cut back to their prompts after a padded prefill."""
         return dataclasses.replace(self, length=length)
 
+    def with_capacity(self, capacity: int) -> Self:
+        """The same tokens in arrays of another allocated length, at least the present one.
+
+        Raises:
+          ValueError: a capacity below the present one.
+        """
+        more = capacity - self.capacity
+        if more < 0:
+            raise ValueError(f"capacity={capacity}: must be at least {self.capacity}, what is allocated")
+        streams = {name: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
+                   for name, x in zip(self._names, self.streams, strict=True)}
+        scales = {f"{name}_scale": jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)])
+                  for name, x in zip(self._names, self.scales, strict=True) if x is not None}
+        return dataclasses.replace(self, **streams, **scales)
+
     def check_room(self, tokens: int) -> None:
         """Refuses more tokens at once than a row can hold."""
         if tokens > self.capacity:

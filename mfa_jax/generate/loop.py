@@ -168,10 +168,11 @@ def _prefill(
 ) -> _State:
     """Reads the prompts into fresh caches and chooses the first token of each row."""
     B, T = prompts.shape
-    caches = init_cache(model.config, B, capacity, cache_dtype, scan_layers=False)
+    # A prompt attends to all that is allocated: only then is there room for what follows.
+    caches = init_cache(model.config, B, T, cache_dtype, scan_layers=False)
     apply = _unrolled(model, params)
     hidden, caches = apply(prompts, cache=caches, method="hidden")
-    caches = tuple(cache.with_length(lengths) for cache in caches)
+    caches = tuple(cache.with_length(lengths).with_capacity(capacity) for cache in caches)
     last_hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     seen = None
     if sampling.repetition_penalty != 1:
