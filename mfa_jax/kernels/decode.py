@@ -16,8 +16,8 @@ from mfa_jax.kernels.calls import Call, Device, default_device
 class Backend(NamedTuple):
     """One implementation: the function, and why it can't serve a call on a device (None if it can).
 
-    The function takes one stream of keys and `alibi_slopes [B, N]`, and gives averages and log-sum-exp in float32. A
-    length may lie outside 0 .. S: below 0 a row sees nothing; above S its queries stand past the last key.
+    The function takes one stream of keys, and gives averages and log-sum-exp in float32; key heads are a `vmap` over it.
+    A length may lie outside 0 .. S: below 0 a row sees nothing; above S its queries stand past the last key.
     """
 
     run: Callable[..., Any]
@@ -86,18 +86,19 @@ def averages(
     call = Call(T=T, N=N // K, S=k.shape[-2], H=H, h=h, dtype=q.dtype, cache_dtype=k.dtype, shared=v is None,
                 rope=rope is not None, alibi=alibi_slopes is not None)
     run = IMPLEMENTATIONS[resolve(implementation, call, default_device())].run
+    options = {"scale": scale, "inv_freq": rope, "value_width": value_width}
+    if k.ndim == 3:
+        return run(q, k, v, lengths, alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, **options)
 
-    def rows(x: Any) -> Any:
-        return x if x is None or k.ndim == 3 else x.reshape(B * K, *x.shape[2:])
+    def one_key_head(q: Array, k: Array, v: Any, slopes: Any, k_scale: Any, v_scale: Any) -> tuple[Array, Array]:
+        return run(q, k, v, lengths, alibi_slopes=slopes, k_scale=k_scale, v_scale=v_scale, **options)
 
-    slopes = None if alibi_slopes is None else jnp.broadcast_to(alibi_slopes.reshape(K, N // K), (B, K, N // K))
-    grouped = q.reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B * K, T, N // K, H)
-    out, lse = run(
-        grouped, rows(k), rows(v), jnp.repeat(lengths, K), scale=scale, inv_freq=rope,
-        alibi_slopes=None if slopes is None else slopes.reshape(B * K, N // K), k_scale=rows(k_scale),
-        v_scale=rows(v_scale), value_width=value_width)
-    out = out.reshape(B, K, T, N // K, h).swapaxes(1, 2).reshape(B, T, N, h)
-    return out, lse.reshape(B, K, T, N // K).swapaxes(1, 2).reshape(B, T, N)
+    slopes = None if alibi_slopes is None else alibi_slopes.reshape(K, N // K)
+    # Not by folding key heads into the rows: the reshape would be fused with the write of the new tokens into a second
+    # write, for which XLA copies the cache.
+    out, lse = jax.vmap(one_key_head, in_axes=(2, 1, 1, 0, 1, 1), out_axes=2)(
+        q.reshape(B, T, K, N // K, H), k, v, slopes, k_scale, v_scale)
+    return out.reshape(B, T, N, h), lse.reshape(B, T, N)
 
 
 def resolve(implementation: str, call: Call, device: Device) -> str:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Num
 
 def decode_attention(
     q: Float[Array, "B T N H"], k: Num[Array, "B S H"], v: Num[Array, "B S h"] | None, lengths: Int[Array, " B"], *,
-    scale: float, inv_freq: Float[Array, " W"] | None, alibi_slopes: Float[Array, "B N"] | None,
+    scale: float, inv_freq: Float[Array, " W"] | None, alibi_slopes: Float[Array, " N"] | None,
     k_scale: Float[Array, "B S"] | None, v_scale: Float[Array, "B S"] | None, value_width: int | None,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """The averages and the log-sum-exp of the scores, as `kernels.decode_attention` defines them, both float32."""
@@ -37,7 +37,7 @@ def decode_attention(
     distance = query[:, :, None, None] - key
     scores = scale * jnp.einsum("BTNH,BSH->BTNS", q.astype(jnp.float32), turned, precision="highest")
     if alibi_slopes is not None:
-        scores = scores - alibi_slopes[:, None, :, None] * distance
+        scores = scores - alibi_slopes[:, None] * distance
     scores = jnp.where(distance >= 0, scores, -jnp.inf)
     lse = jax.nn.logsumexp(scores, axis=-1)
     p = jnp.where(distance >= 0, jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0)[..., None]), 0)

@@ -27,7 +27,7 @@ class _Carry(NamedTuple):
 
 def decode_attention(
     q: Float[Array, "B T N H"], k: Num[Array, "B S H"], v: Num[Array, "B S h"] | None, lengths: Int[Array, " B"], *,
-    scale: float, inv_freq: Float[Array, " W"] | None, alibi_slopes: Float[Array, "B N"] | None,
+    scale: float, inv_freq: Float[Array, " W"] | None, alibi_slopes: Float[Array, " N"] | None,
     k_scale: Float[Array, "B S"] | None, v_scale: Float[Array, "B S"] | None, value_width: int | None, block: int = 256,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """`kernels.decode_attention` on any platform; products take the type of `q`, sums and softmax are float32."""
@@ -36,7 +36,7 @@ def decode_attention(
     block = min(block, S)
     h = v.shape[-1] if v is not None else value_width or H
     query = (lengths[:, None] - T + jnp.arange(T)).repeat(N, axis=1)
-    slopes = None if alibi_slopes is None else jnp.tile(alibi_slopes, (1, T))
+    slopes = None if alibi_slopes is None else jnp.tile(alibi_slopes, T)
     rows = q.reshape(B, M, H)
     rope = None if inv_freq is None else (inv_freq, _table(jnp.arange(block), inv_freq))
 
@@ -57,7 +57,7 @@ def decode_attention(
         if k_scale_j is not None:
             scores = scores * k_scale_j[:, None]
         if slopes is not None:
-            scores = scores - slopes[:, :, None] * (query[:, :, None] - key)
+            scores = scores - slopes[:, None] * (query[:, :, None] - key)
         seen = (key <= query[:, :, None]) & (key >= j * block)
         scores = jnp.where(seen, scores, _HIDDEN)
         top = jnp.maximum(carry.top, scores.max(axis=2))
