@@ -16,7 +16,8 @@ from mfa_jax.kernels.calls import Call, Device, default_device
 class Backend(NamedTuple):
     """One implementation: the function, and why it can't serve a call on a device (None if it can).
 
-    The function takes one stream of keys, and gives averages and log-sum-exp in float32; key heads are a `vmap` over it.
+    The function takes one stream of keys, and gives averages and log-sum-exp in float32; key heads are a `vmap`
+    over it.
     A length may lie outside 0 .. S: below 0 a row sees nothing; above S its queries stand past the last key.
     """
 
