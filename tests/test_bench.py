@@ -70,7 +70,7 @@ def test_a_variant_differs_from_its_reference_in_attention_and_feed_forward_alon
 def test_decoding_gives_the_most_likely_tokens() -> None:
     """What is timed is greedy decoding: each token is the argmax of a whole forward pass over what came before."""
     params = bench_decode.initial(TINY, 0)
-    tokens = bench_decode.our_run(DECODE, TINY, params, 6)()
+    tokens = bench_decode.our_run(DECODE, TINY, params, 6, 16)()
     assert tokens.shape == (2, 6)
     prompts = benchmark.random_tokens(TINY, 2, 5, 0)
     logits, _ = Transformer(TINY).apply({"params": params}, jnp.asarray(np.concatenate([prompts, tokens], axis=1)))

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mfa_jax.kernels import IMPLEMENTATIONS, Call, Device, decode_attention, resolve, xla
+from mfa_jax.kernels import IMPLEMENTATIONS, Call, Device, decode_attention, default_device, resolve, xla
 
 VARIANTS = ("mfa", "mfa_kr", "mla")
-backends = pytest.mark.parametrize("backend", IMPLEMENTATIONS)
+CALL = Call(T=1, N=64, S=384, H=256, h=256, dtype=jnp.float32, cache_dtype=jnp.float32, shared=False)
+HERE = [name for name, backend in IMPLEMENTATIONS.items() if backend.obstacle(CALL, default_device()) is None]
+"""What serves on this machine."""
+backends = pytest.mark.parametrize("backend", HERE)
 variants = pytest.mark.parametrize("variant", VARIANTS)
 LENGTHS = (0, 1, 255, 256, 257, 300)
 
@@ -53,7 +56,7 @@ def oracle(call: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make(
-    variant: str, encoding: str, *, lengths: tuple[int, ...] = LENGTHS, S: int = 300, T: int = 1, N: int = 3,
+    variant: str, encoding: str, *, lengths: tuple[int, ...] = LENGTHS, S: int = 384, T: int = 1, N: int = 3,
     width: int = 16, dtype: Any = jnp.float32, seed: int = 0,
 ) -> dict[str, Any]:
     """A call whose cache holds garbage past each length: nan, or for int8 a scale of nan."""
@@ -109,7 +112,7 @@ def test_int8_with_a_scale_a_token(backend: str, variant: str) -> None:
     call = make(variant, "rope", dtype=jnp.int8)
     assert errors(call, backend) < 2e-5
     streams = [call[name] for name in ("k", "v", "k_scale", "v_scale") if call.get(name) is not None]
-    assert sum(x.nbytes for x in streams) == sum((16 + 4) * 6 * 300 for _ in range(len(streams) // 2))
+    assert sum(x.nbytes for x in streams) == sum((16 + 4) * 6 * 384 for _ in range(len(streams) // 2))
 
 
 @backends
@@ -128,7 +131,7 @@ def test_any_shape_equals_the_loop(data: st.DataObject) -> None:
     lengths = tuple(data.draw(st.lists(st.integers(0, S), min_size=1, max_size=3)))
     call = make(data.draw(st.sampled_from(VARIANTS)), data.draw(st.sampled_from(["rope", "alibi", "none"])), S=S, T=T,
                 lengths=lengths, N=data.draw(st.integers(1, 5)), width=data.draw(st.sampled_from([6, 8, 10])))
-    for backend in IMPLEMENTATIONS:
+    for backend in ("reference", "xla"):
         assert errors(call, backend) < 2e-5
 
 

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from mfa_jax.kernels import reference, xla
+from mfa_jax.kernels import mosaic_tpu, reference, tpu_plan, xla
 from mfa_jax.kernels.calls import Call, Device, default_device
 
 
 class Backend(NamedTuple):
     """One implementation: the function, and why it can't serve a call on a device (None if it can).
 
-    The function takes one stream of keys, and gives averages and log-sum-exp in float32; key heads are a `vmap`
-    over it.
+    The function takes the arguments of `decode_attention`, and gives averages and log-sum-exp in float32.
     A length may lie outside 0 .. S: below 0 a row sees nothing; above S its queries stand past the last key.
     """
 
     run: Callable[..., Any]
     obstacle: Callable[[Call, Device], str | None] = lambda call, device: None
+    takes_heads: bool = False
+    """Whether keys may have an axis of key heads; else it is mapped over."""
 
 
 IMPLEMENTATIONS: dict[str, Backend] = {
     "reference": Backend(reference.decode_attention), "xla": Backend(xla.decode_attention),
+    "mosaic_tpu": Backend(mosaic_tpu.decode_attention, tpu_plan.obstacle, takes_heads=True),
+    "mosaic_tpu_interpret": Backend(
+        functools.partial(mosaic_tpu.decode_attention, interpret=pltpu.InterpretParams()),
+        functools.partial(tpu_plan.obstacle, interpret=True), takes_heads=True),
 }
-_KERNELS: dict[str, str] = {}
+_KERNELS = {"tpu": "mosaic_tpu"}
 """What `auto` takes on a platform, where it can serve; `xla` otherwise."""
 MAX_QUERIES = 8
 """Largest T: tokens drafted at once."""
@@ -86,9 +93,10 @@ def averages(
     h = v.shape[-1] if v is not None else value_width or H
     call = Call(T=T, N=N // K, S=k.shape[-2], H=H, h=h, dtype=q.dtype, cache_dtype=k.dtype, shared=v is None,
                 rope=rope is not None, alibi=alibi_slopes is not None)
-    run = IMPLEMENTATIONS[resolve(implementation, call, default_device())].run
+    backend = IMPLEMENTATIONS[resolve(implementation, call, default_device())]
+    run = backend.run
     options = {"scale": scale, "inv_freq": rope, "value_width": value_width}
-    if k.ndim == 3:
+    if k.ndim == 3 or backend.takes_heads:
         return run(q, k, v, lengths, alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, **options)
 
     def one_key_head(q: Array, k: Array, v: Any, slopes: Any, k_scale: Any, v_scale: Any) -> tuple[Array, Array]:

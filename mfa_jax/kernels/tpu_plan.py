@@ -1,0 +1,152 @@
+"""What the TPU kernel decides before it starts: block sizes, and the list of work with its division over cores."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from mfa_jax.kernels.calls import Call, Device
+
+LANES = 128
+GRAIN = 16
+"""Keys that a copy is rounded up to: a tile of bfloat16."""
+
+
+class Chip(NamedTuple):
+    """What block sizes follow from."""
+
+    cores: int
+    """That share one HBM and are one device to JAX."""
+    slot_bytes: int = 2**21
+    """Keys and values of a block. A step is a chain of some thousand cycles whatever it computes, and has to end before
+    the copy of the next block: 2 MiB take 4500 cycles of v5e, 2200 of v6e and 2600 of a core of v5p."""
+    part: int = 2**16
+    """Scores computed at once, queries x keys: a matrix of float32 that the softmax goes through in VMEM."""
+    vmem_bytes: int = 2**25
+    """What a kernel may take. Two slots, the rope table and the accumulators are below 16 MiB but for many queries."""
+
+
+CHIPS = {"TPU v5 lite": Chip(1), "TPU v5e": Chip(1), "TPU v5": Chip(2), "TPU v5p": Chip(2), "TPU v6 lite": Chip(1),
+         "TPU v6e": Chip(1)}
+"""By `device_kind`."""
+
+
+class Plan(NamedTuple):
+    """Static numbers of a call, with the letters of `decode_attention`; M: padded rows of queries of a key head."""
+
+    B: int
+    K: int
+    T: int
+    M: int
+    S: int
+    H: int
+    h: int
+    shared: bool
+    rope: bool
+    alibi: bool
+    quantized: bool
+    dtype: Any
+    block: int
+    """Keys fetched at once."""
+    part: int
+    """Keys whose scores are computed at once; divides a block."""
+    cores: int
+
+    @property
+    def grain(self) -> int:
+        """Keys that a copy is rounded up to."""
+        return LANES if self.quantized else GRAIN
+
+
+def obstacle(call: Call, device: Device, interpret: bool = False) -> str | None:
+    """Why the kernel can't serve a call on a device; None if it can."""
+    if not interpret and device.platform != "tpu":
+        return f"runs on TPUs, and this is {device.platform}; mosaic_tpu_interpret runs its program anywhere, slowly"
+    if not interpret and device.kind not in CHIPS:
+        return f"has no block sizes for {device.kind}; it has for {', '.join(CHIPS)}"
+    if call.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"takes queries of bfloat16 or float32, not {call.dtype}"
+    if call.cache_dtype not in (jnp.bfloat16, jnp.float32, jnp.int8):
+        return f"reads caches of bfloat16, float32 or int8, not {call.cache_dtype}"
+    grain = LANES if call.cache_dtype == jnp.int8 else GRAIN
+    if call.S % grain:
+        return f"copies {grain} tokens of a {call.cache_dtype} cache at a time, and S={call.S} is not a multiple of it"
+    return None
+
+
+def block_size(chip: Chip, S: int, row_bytes: int) -> int:
+    """Keys of a block: those that fill a slot, a power of two, and no more than the cache has."""
+    keys = 2 ** round(math.log2(chip.slot_bytes / row_bytes))
+    return min(max(LANES, keys), -(-S // LANES) * LANES)
+
+
+class Work(NamedTuple):
+    """The list of one key head's blocks; those of the other key heads follow in the same order."""
+
+    row: Int[Array, " L"]
+    block: Int[Array, " L"]
+    first: Int[Array, " B"]
+    """Item that a row begins with."""
+    length: Int[Array, " B"]
+    size: Int[Array, "2"]
+    """Items of a key head, and of a core."""
+
+
+def work_list(lengths: Int[Array, " B"], plan: Plan) -> Work:
+    """A row of no key has one block all the same, which writes its zeros."""
+    lengths = lengths.astype(jnp.int32)
+    blocks = jnp.maximum(1, -(-jnp.clip(lengths, 0, plan.S) // plan.block))
+    ends = jnp.cumsum(blocks)
+    item = jnp.arange(plan.B * -(-plan.S // plan.block), dtype=jnp.int32)
+    # A search would be a loop on a TPU; a comparison with every row is one pass.
+    row = jnp.minimum((item[None] >= ends[:, None]).sum(axis=0), plan.B - 1).astype(jnp.int32)
+    first = ends - blocks
+    size = jnp.stack([ends[-1], -(-ends[-1] * plan.K // plan.cores)])
+    return Work(row, item - first[row], first, lengths, size.astype(jnp.int32))
+
+
+class Item(NamedTuple):
+    row: Array
+    head: Array
+    block: Array
+    out: Array
+    """Where its row of results goes: those of a row that another core began go past the end."""
+
+
+def item_of(plan: Plan, core: Array, i: Array, work: Work) -> Item:
+    """Item i of a core; its last one for i past the end."""
+    total, share = work.size[0], work.size[1]
+    w = jnp.minimum(core * share + i, total * plan.K - 1)
+    head = lax.div(w, total)
+    local = w - head * total
+    row = work.row[local]
+    out = row * plan.K + head
+    if plan.cores > 1:
+        out = jnp.where(head * total + work.first[row] < core * share, plan.B * plan.K + core - 1, out)
+    return Item(row, head, work.block[local], out)
+
+
+
+def merge(
+    out: Float[Array, "R M h"], lse: Float[Array, "R M"], work: Work, plan: Plan
+) -> tuple[Float[Array, "R M h"], Float[Array, "R M"]]:
+    """Results of each row of each key head: what later cores found of a row that an earlier one began is added."""
+    rows = plan.B * plan.K
+    for core in range(1, plan.cores):
+        began = core * work.size[1]
+        w = jnp.minimum(began, work.size[0] * plan.K - 1)
+        head, local = lax.div(w, work.size[0]), lax.rem(w, work.size[0])
+        row = work.row[local]
+        at, shared = row * plan.K + head, (w == began) & (head * work.size[0] + work.first[row] < began)
+        here, there = lse[at], jnp.where(shared, lse[rows + core - 1], -jnp.inf)
+        both = jnp.logaddexp(here, there)
+        weight = [jnp.where(x == -jnp.inf, 0, jnp.exp(x - both))[:, None] for x in (here, there)]
+        # What was not written may be nan.
+        other = jnp.where(weight[1] == 0, 0, weight[1] * out[rows + core - 1])
+        out = out.at[at].set(weight[0] * out[at] + other)
+        lse = lse.at[at].set(both)
+    return out[:rows], lse[:rows]
