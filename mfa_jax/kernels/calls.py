@@ -47,7 +47,10 @@ class Device:
 
 
 def default_device() -> Device:
-    """The first device of the default backend."""
+    """What the ambient mesh consists of, compile-only devices included; else the first device of the default backend."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None and abstract.platform != "gpu":
+        return Device(abstract.platform, abstract.device_kind)
     device = jax.devices()[0]
     cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
     return Device(device.platform, device.device_kind, float(device.compute_capability) if cuda else 0.0)

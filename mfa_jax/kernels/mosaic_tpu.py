@@ -293,7 +293,7 @@ def _product(a: Array, b: Array, axes: Any) -> Array:
     return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _lanes(x: Float[Array, "M L"], width: int) -> Float[Array, "M w"]:
+def _lanes(x: Num[Array, "M L"], width: int) -> Num[Array, "M w"]:
     """A number that is repeated over 128 lanes, over `width` of them."""
     return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width] if width != LANES else x
 

@@ -133,7 +133,7 @@ def item_of(plan: Plan, core: Array, i: Array, work: Work) -> Item:
 
 def merge(
     out: Float[Array, "R M h"], lse: Float[Array, "R M"], work: Work, plan: Plan
-) -> tuple[Float[Array, "R M h"], Float[Array, "R M"]]:
+) -> tuple[Float[Array, "r M h"], Float[Array, "r M"]]:
     """Results of each row of each key head: what later cores found of a row that an earlier one began is added."""
     rows = plan.B * plan.K
     for core in range(1, plan.cores):

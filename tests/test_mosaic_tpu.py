@@ -1,0 +1,109 @@
+"""What the TPU kernel promises beyond the contract of every backend: blocks, copies, cores, and its compilation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hbm_traffic import count_hbm
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+from test_kernels import make, oracle
+
+from mfa_jax.kernels import mosaic_tpu, tpu_plan
+
+BLOCK = 128
+
+
+@pytest.fixture(autouse=True)
+def fresh_interpreter() -> Iterator[None]:
+    yield
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def run(call: dict[str, Any], interpret: Any = None, chip: str | None = None, block: int = BLOCK) -> tuple[Any, Any]:
+    static = {"scale": call["scale"], "value_width": call.get("value_width"), "block": block, "chip": chip,
+              "interpret": interpret or pltpu.InterpretParams()}
+    options = {name: call.get(name) for name in ("alibi_slopes", "k_scale", "v_scale")}
+    arrays = {**{name: call[name] for name in ("q", "k", "v", "lengths")}, "inv_freq": call.get("rope"), **options}
+    return jax.jit(functools.partial(mosaic_tpu.decode_attention, **static))(**arrays)
+
+
+def assert_equals_the_loop(call: dict[str, Any], found: tuple[Any, Any], tolerance: float = 2e-5) -> None:
+    for one, other in zip(found, oracle(call), strict=True):
+        np.testing.assert_allclose(np.asarray(one, np.float64), other, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["eager", "on_wait"])
+@pytest.mark.parametrize(("variant", "encoding", "dtype"), [
+    ("mfa", "none", jnp.float32), ("mfa_kr", "rope", jnp.float32), ("mla", "alibi", jnp.float32),
+    ("mfa", "alibi", jnp.int8), ("mfa_kr", "rope", jnp.int8)])
+def test_no_race_and_no_garbage_at_any_border(mode: str, variant: str, encoding: str, dtype: Any) -> None:
+    """Uninitialised memory is nan, and so are the caches past their lengths."""
+    call = make(variant, encoding, dtype=dtype, lengths=(0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK), T=2)
+    params = pltpu.InterpretParams(dma_execution_mode=mode, detect_races=True)
+    assert_equals_the_loop(call, run(call, params))
+    assert interpret_pallas_call.races.races_found is False
+
+
+@pytest.mark.parametrize("lengths", [(0, 1, 129, 384), (384,), (1,), (0,), (384, 384, 1), (5, 384)])
+@pytest.mark.parametrize("variant", ["mfa", "mfa_kr"])
+def test_two_cores_share_the_list(variant: str, lengths: tuple[int, ...]) -> None:
+    """A row that straddles the border is merged; a core without work leaves no trace."""
+    call = make(variant, "rope", lengths=lengths)
+    assert_equals_the_loop(call, run(call, chip="TPU v5p"))
+
+
+@pytest.mark.parametrize("chip", ["TPU v5e", "TPU v5p"])
+def test_key_heads_are_one_list(chip: str) -> None:
+    calls = [make("mfa", "alibi", lengths=(0, 129, 384), seed=seed) for seed in range(3)]
+    whole = {**calls[0], **{name: jnp.stack([c[name] for c in calls], axis=1) for name in ("k", "v")},
+             "q": jnp.concatenate([c["q"] for c in calls], axis=2),
+             "alibi_slopes": jnp.concatenate([c["alibi_slopes"] for c in calls])}
+    found = run(whole, chip=chip)
+    for i, call in enumerate(calls):
+        assert_equals_the_loop(call, tuple(x[:, :, 3 * i : 3 * i + 3] for x in found))
+
+
+def test_lengths_outside_the_cache_are_those_of_a_shard() -> None:
+    """Below 0 a row sees nothing; above S its queries stand past the last key."""
+    call = make("mfa", "none", lengths=(384, 384), S=384, T=2)
+    out, lse = run({**call, "lengths": jnp.array([-5, 400])})
+    assert np.all(np.asarray(out[0]) == 0) and np.all(np.isneginf(np.asarray(lse[0])))
+    # With 400 keys before them both drafted tokens see all 384, as a single one does at length 384.
+    single = {**call, "q": call["q"][:, 1:]}
+    assert np.abs(np.asarray(out[1, 1]) - oracle(single)[0][1, 0]).max() < 2e-5
+
+
+@pytest.mark.parametrize("S", [2048, 16384])
+@pytest.mark.parametrize("variant", ["mfa", "mfa_kr", "mla"])
+def test_bytes_read_are_those_of_the_valid_keys(variant: str, S: int) -> None:
+    """At most 2 % more than the keys rounded up to 16, tables of rope included, whatever is allocated."""
+    lengths = (0, 1, 2048, 517, 2048, 1999, 2048)
+    call = make(variant, "rope", lengths=lengths, S=S, width=256, dtype=jnp.bfloat16)
+    with count_hbm() as read:
+        jax.block_until_ready(run(call, block=512))
+    rows = sum(-(-n // 16) * 16 for n in lengths)
+    valid = rows * sum(call[name].shape[-1] * 2 for name in ("k", "v") if call[name] is not None)
+    assert read.copies == valid
+    queries = call["q"].size // 3 * 16 * (4 if variant == "mfa_kr" else 2)
+    assert read.blocks - queries <= 0.02 * valid
+
+
+@pytest.mark.parametrize(("chip", "row_bytes", "keys"), [
+    ("TPU v5e", 1024, 2048), ("TPU v5p", 512, 4096), ("TPU v6e", 1280, 2048), ("TPU v6e", 256, 8192)])
+def test_blocks_fill_a_slot(chip: str, row_bytes: int, keys: int) -> None:
+    assert tpu_plan.block_size(tpu_plan.CHIPS[chip], 2**15, row_bytes) == keys
+    assert tpu_plan.block_size(tpu_plan.CHIPS[chip], 200, row_bytes) == 256
+
+
+def test_the_list_of_work_ends_with_the_lengths() -> None:
+    plan = tpu_plan.Plan(4, 1, 1, 16, 512, 128, 128, False, False, False, False, jnp.float32, 128, 128, 2)
+    work = tpu_plan.work_list(jnp.array([0, 129, 512, -3]), plan)
+    assert work.size.tolist() == [8, 4]
+    assert work.row[:8].tolist() == [0, 1, 1, 2, 2, 2, 2, 3] and work.block[:8].tolist() == [0, 0, 1, 0, 1, 2, 3, 0]
