@@ -107,6 +107,22 @@ def stream(
         state = _decode(model, params, state, jnp.int32(limit), sampling=sampling)
 
 
+def lower_generate(
+    model: Transformer, params: Any, *, batch_size: int, prompt_tokens: int, max_new_tokens: int,
+    sampling: SamplingConfig, capacity: int | None = None, cache_dtype: str | None = None,
+) -> jax.stages.Lowered:
+    """The program of `generate` for such a batch, without running it: to compile ahead of time, and to look into.
+
+    Args:
+      params: arrays, or their `jax.ShapeDtypeStruct`s.
+    """
+    prompts = np.zeros((batch_size, prompt_tokens), np.int32)
+    *arrays, buffer, capacity = _prepare(model, prompts, [prompt_tokens] * batch_size, max_new_tokens, (), capacity)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, jax.random.key(0), jnp.int32(0))]
+    return _generate.lower(model, params, *shapes, sampling=sampling, buffer=buffer, capacity=capacity,
+                           cache_dtype=cache_dtype)
+
+
 def _prepare(
     model: Transformer, prompts: Any, lengths: Any, max_new_tokens: int, stop_tokens: Any, capacity: int | None
 ) -> tuple[Array, Array, Array, int, int]:
@@ -130,7 +146,8 @@ def _prepare(
                 f"of capacity={capacity}")
     width = bucket(longest)
     if capacity is None:
-        capacity = max(bucket(longest + max_new_tokens), width)
+        # Whole tiles of the decode kernels: 32 tokens of int8.
+        capacity = -(-max(bucket(longest + max_new_tokens), width) // 32) * 32
     width = min(width, capacity)
     padded = np.zeros((len(prompts), width), np.int32)
     kept = min(width, prompts.shape[1])

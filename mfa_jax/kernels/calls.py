@@ -47,7 +47,7 @@ class Device:
 
 
 def default_device() -> Device:
-    """What the ambient mesh consists of, compile-only devices included; else the first device of the default backend."""
+    """Of the ambient mesh, whose devices may be compile-only; else the first of the default backend."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.platform != "gpu":
         return Device(abstract.platform, abstract.device_kind)

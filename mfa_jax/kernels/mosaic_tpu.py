@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Num
 
 from mfa_jax.kernels.calls import default_device
-from mfa_jax.kernels.tpu_plan import CHIPS, GRAIN, LANES, Plan, Work, block_size, item_of, merge, work_list
+from mfa_jax.kernels.tpu_plan import CHIPS, LANES, TILE, Plan, Work, block_size, grain, item_of, merge, work_list
 
 _HIDDEN, _FLOOR = -1e30, -5e29
 """As in `xla`: 2^(_HIDDEN - _FLOOR) is exactly 0."""
@@ -60,7 +60,7 @@ def decode_attention(
     kind = chip or ("TPU v5 lite" if interpret else default_device().kind)
     row_bytes = sum(-(-x.shape[-1] // LANES) * LANES * x.dtype.itemsize for x in (k, v) if x is not None)
     block = block or block_size(CHIPS[kind], S, row_bytes)
-    M = -(-T * N // K // GRAIN) * GRAIN
+    M = -(-T * N // K // TILE) * TILE
     part = math.gcd(block, max(LANES, CHIPS[kind].part // 2 ** math.ceil(math.log2(M))))
     plan = Plan(B, K, T, M, S, H, h, v is None, inv_freq is not None, alibi_slopes is not None, k_scale is not None,
                 q.dtype, block, part, CHIPS[kind].cores)
@@ -75,7 +75,9 @@ def decode_attention(
         inputs |= _rope_tables(inv_freq, plan)
     inputs |= {name: (x, "hbm") for name, x in (("k", k), ("v", v)) if x is not None}
     scales = {"k_scale": k_scale, "v_scale": v_scale}
-    inputs |= {name: (x[:, :, None], "hbm") for name, x in scales.items() if x is not None}
+    # A copy of scales ends at whole lanes.
+    inputs |= {name: (jnp.pad(x[:, :, None], ((0, 0),) * 3 + ((0, -S % LANES),)), "hbm")
+               for name, x in scales.items() if x is not None}
     work = work_list(lengths, plan)
     out, lse = _call(plan, work, inputs, CHIPS[kind].vmem_bytes, interpret)
     out, lse = merge(out, lse[:, :, 0] * _LN2, work, plan)
@@ -158,16 +160,17 @@ def _slot(name: str, block: int, x: Array) -> tuple[int, int]:
 def _copies(plan: Plan, core: Array, i: Array, work: Work, refs: dict[str, Any], arrays: tuple[str, ...]) -> Any:
     """The copies of item i's valid keys into its slot, and whether there is any key."""
     item, slot = item_of(plan, core, i, work), lax.rem(i, _SLOTS)
-    start = pl.multiple_of(item.block * plan.block, plan.grain)
-    left = jnp.clip(work.length[item.row], 0, plan.S) - start
-    keys = pl.multiple_of(jnp.minimum(plan.block, lax.div(left + plan.grain - 1, plan.grain) * plan.grain), plan.grain)
+    start = item.block * plan.block
+    left = jnp.minimum(plan.block, jnp.clip(work.length[item.row], 0, plan.S) - start)
     copies = []
     for at, name in enumerate(arrays):
-        lanes = (slice(None),) if name.endswith("scale") else ()
-        source = refs[name].at[(item.row, item.head, *lanes, pl.ds(start, keys))]
+        lanes, unit = ((slice(None),), LANES) if name.endswith("scale") else ((), grain(refs[name].dtype))
+        begin = pl.multiple_of(start, unit)
+        keys = pl.multiple_of(lax.div(left + unit - 1, unit) * unit, unit)
+        source = refs[name].at[(item.row, item.head, *lanes, pl.ds(begin, keys))]
         target = refs[f"{name}_slots"].at[(slot, *lanes, pl.ds(0, keys))]
         copies.append(pltpu.make_async_copy(source, target, refs["arrived"].at[at, slot]))
-    return copies, keys > 0
+    return copies, left > 0
 
 
 def _kernel(plan: Plan, work: Work, refs: dict[str, Any], arrays: tuple[str, ...]) -> None:

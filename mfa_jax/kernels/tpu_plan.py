@@ -12,8 +12,13 @@ from jaxtyping import Array, Float, Int
 from mfa_jax.kernels.calls import Call, Device
 
 LANES = 128
-GRAIN = 16
-"""Keys that a copy is rounded up to: a tile of bfloat16."""
+TILE = 16
+"""Rows of a tile of bfloat16, and twice those of float32."""
+
+
+def grain(dtype: Any) -> int:
+    """Keys that a copy is rounded up to: whole tiles."""
+    return 2 * TILE if dtype == jnp.int8 else TILE
 
 
 class Chip(NamedTuple):
@@ -56,11 +61,6 @@ class Plan(NamedTuple):
     """Keys whose scores are computed at once; divides a block."""
     cores: int
 
-    @property
-    def grain(self) -> int:
-        """Keys that a copy is rounded up to."""
-        return LANES if self.quantized else GRAIN
-
 
 def obstacle(call: Call, device: Device, interpret: bool = False) -> str | None:
     """Why the kernel can't serve a call on a device; None if it can."""
@@ -72,9 +72,9 @@ def obstacle(call: Call, device: Device, interpret: bool = False) -> str | None:
         return f"takes queries of bfloat16 or float32, not {call.dtype}"
     if call.cache_dtype not in (jnp.bfloat16, jnp.float32, jnp.int8):
         return f"reads caches of bfloat16, float32 or int8, not {call.cache_dtype}"
-    grain = LANES if call.cache_dtype == jnp.int8 else GRAIN
-    if call.S % grain:
-        return f"copies {grain} tokens of a {call.cache_dtype} cache at a time, and S={call.S} is not a multiple of it"
+    if call.S % grain(call.cache_dtype):
+        return (f"copies {grain(call.cache_dtype)} tokens of a {call.cache_dtype} cache at a time, and S={call.S} is "
+                "not a multiple of it")
     return None
 
 

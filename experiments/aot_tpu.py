@@ -1,0 +1,169 @@
+"""Compiles the decode kernels, and `generate` with them, for TPUs that are not here: `python -m experiments.aot_tpu`.
+
+It needs libtpu: in the environment variable TPU_LIBRARY_PATH, in `tpu/` of the virtual environment (`make aot-tpu` puts
+it there) or installed. Each line of output is a JSON object: the chip, the case, seconds, bytes of temporary memory,
+and the arrays as large as the cache that the program makes besides it, `copies`, which should be none.
+
+XLA lays an array whose last axis is no multiple of 128 out with another axis in the lanes where a program begins or
+ends with it, and copies it for the kernel; inside one program, such as `generate`, it takes the kernel's layout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from experiments import cli
+from experiments.kernel_cases import BORDERS, CASES, Case
+from mfa_jax import axes
+from mfa_jax.config import MFAConfig, MFAKRConfig, MLAConfig, ModelConfig
+from mfa_jax.generate import SamplingConfig, lower_generate
+from mfa_jax.kernels import decode_attention
+from mfa_jax.model.transformer import Transformer
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+"""A smallest slice of each chip."""
+BATCH, CAPACITY = 4, 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class AotTpuConfig:
+    """What is compiled."""
+
+    chips: tuple[str, ...] = tuple(TOPOLOGIES)
+    """Of v5e, v5p, v6e."""
+    generate: bool = True
+    """Also a small model's whole `generate`, for MFA, MFA-KR and MLA."""
+
+    def __post_init__(self) -> None:
+        for chip in self.chips:
+            if chip not in TOPOLOGIES:
+                raise ValueError(f"chips={chip!r}: must be of {', '.join(TOPOLOGIES)}")
+
+
+def libtpu() -> Path | None:
+    """The library that compiles for TPUs; None where it is not installed."""
+    beside = Path(sys.prefix, "tpu", "libtpu", "libtpu.so")
+    found = importlib.util.find_spec("libtpu")
+    if "TPU_LIBRARY_PATH" in os.environ:
+        return Path(os.environ["TPU_LIBRARY_PATH"])
+    if beside.exists():
+        return beside
+    return Path(found.origin).with_name("libtpu.so") if found is not None and found.origin is not None else None
+
+
+def prepare() -> None:
+    """Makes this process one that compiles for TPUs and runs on the CPU; to be called before JAX has a backend.
+
+    Raises:
+      FileNotFoundError: libtpu is not installed.
+    """
+    path = libtpu()
+    if path is None or not path.exists():
+        raise FileNotFoundError(2, "libtpu is not there, `make aot-tpu` installs it", str(path or "libtpu.so"))
+    os.environ.update(TPU_LIBRARY_PATH=str(path), TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4",
+                      TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_LOG_DIR="disabled")
+    # A compiler that aborts writes the whole module into its logs, gigabytes of it.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**26, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    jax.config.update("jax_platforms", "cpu")
+
+
+def mesh_of(chip: str) -> Mesh:
+    """One chip of a topology, with the axes of every mesh of ours."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
+    return axes.make_mesh((1,) * len(axes.MESH_AXES), devices[:1])
+
+
+def compile_kernel(case: Case, mesh: Mesh, B: int = BATCH, S: int = CAPACITY) -> Any:
+    """The compiled `decode_attention` of one call."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    arguments = case.arguments(B, S, lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
+    decode = functools.partial(decode_attention, scale=0.1, value_width=case.value_width, return_lse=True,
+                               implementation="mosaic_tpu")
+    with jax.set_mesh(mesh):
+        local = jax.shard_map(lambda arrays: decode(**arrays), in_specs=PartitionSpec(), out_specs=PartitionSpec(),
+                              check_vma=False)
+        return jax.jit(local).lower(arguments).compile()
+
+
+def compile_model(attention: Any, mesh: Mesh, cache_dtype: str = "bfloat16") -> Any:
+    """The compiled `generate` of a small model with real widths of attention."""
+    model = Transformer(ModelConfig(
+        num_layers=2, model_dim=512, ffn_dim=1024, attention=attention, dtype="bfloat16", param_dtype="bfloat16",
+        attention_implementation="blockwise", decode_implementation="mosaic_tpu"))
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, PartitionSpec())
+        place = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+        return lower_generate(
+            model, place(shapes["params"]), batch_size=BATCH, prompt_tokens=128, max_new_tokens=64, capacity=CAPACITY,
+            sampling=SamplingConfig(temperature=0), cache_dtype=cache_dtype).compile()
+
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?\S+ = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", re.MULTILINE)
+_BITS = re.compile(r"\d+")
+
+
+def made(hlo: str, least_bytes: int, operations: Sequence[str] | None = None) -> list[str]:
+    """Instructions that make an array of at least so many bytes: those named, or all that are not a mere name."""
+    names = {"parameter", "bitcast", "get-tuple-element", "custom-call", "while", "tuple"}
+    found = []
+    for kind, shape, operation in _INSTRUCTION.findall(hlo):
+        bits = _BITS.search(kind)
+        size = math.prod(int(n) for n in shape.split(",") if n) * (int(bits[0]) // 8 if bits else 1)
+        chosen = operation in operations if operations is not None else operation not in names
+        if size >= least_bytes and chosen:
+            found.append(f"{operation} {kind}[{shape}]")
+    return found
+
+
+def loop_bodies(hlo: str) -> str:
+    """The text of the computations that are bodies of loops."""
+    bodies = set(re.findall(r"body=%?([\w.-]+)", hlo))
+    computations = re.split(r"\n(?=%|ENTRY)", hlo)
+    return "\n".join(text for text in computations if text.lstrip("%").split(" ", 1)[0] in bodies)
+
+
+def main(config: AotTpuConfig) -> None:
+    prepare()
+    for chip in config.chips:
+        mesh = mesh_of(chip)
+        for name, case in (CASES | BORDERS).items():
+            start = time.perf_counter()
+            program = compile_kernel(case, mesh)
+            stored = BATCH * CAPACITY * case.H * case.K * jnp.dtype(case.cache_dtype).itemsize
+            _report(chip, name, start, program, made(program.as_text(), stored // 2))
+        if config.generate:
+            for attention in (MFAConfig(num_heads=64, latent_dim=256), MFAKRConfig(num_heads=64, latent_dim=256),
+                              MLAConfig(num_heads=128, latent_dim=512, rope_dim=64)):
+                for cache_dtype in ("bfloat16", "int8"):
+                    start = time.perf_counter()
+                    program = compile_model(attention, mesh, cache_dtype)
+                    stored = BATCH * CAPACITY * 256 * jnp.dtype(cache_dtype).itemsize
+                    copies = made(loop_bodies(program.as_text()), stored // 2, ("copy", "copy-start", "transpose"))
+                    _report(chip, f"generate {attention.variant} {cache_dtype}", start, program, copies)
+
+
+def _report(chip: str, name: str, start: float, program: Any, copies: list[str]) -> None:
+    print(json.dumps({"chip": chip, "case": name, "seconds": round(time.perf_counter() - start, 1),
+                      "temp_bytes": program.memory_analysis().temp_size_in_bytes, "copies": copies}), flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(cli.parse(AotTpuConfig)))
