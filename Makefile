@@ -1,4 +1,4 @@
-# make quickstart · make test · make test-fast · make lint · make types · make clean
+# make quickstart · make test · make test-fast · make lint · make types · make aot-tpu · make clean
 #
 # Each target sets up what it needs: a virtual environment at $(VENV) with the exact versions of constraints.txt.
 # Another interpreter: make PYTHON=python3.13 VENV=.venv-newer test-fast. More test processes: make WORKERS=8 test.
@@ -15,7 +15,7 @@ INPUTS = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-fast lint types clean
+.PHONY: help quickstart test test-fast lint types aot-tpu clean
 
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
@@ -23,10 +23,10 @@ help:
 quickstart: $(VENV)/.base
 	$(BIN)/python -m experiments.quickstart --workdir $(WORKDIR)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.libtpu
 	$(PYTEST)
 
-test-fast: $(VENV)/.test
+test-fast: $(VENV)/.test $(VENV)/.libtpu
 	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/.test
@@ -34,6 +34,9 @@ lint: $(VENV)/.test
 
 types: $(VENV)/.test
 	$(BIN)/python -m mypy
+
+aot-tpu: $(VENV)/.libtpu
+	$(BIN)/python -m experiments.aot_tpu
 
 clean:
 	rm -rf .venv .venv-newer .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
@@ -54,3 +57,9 @@ $(VENV)/.base: $(VENV)/.python $(INPUTS)
 $(VENV)/.test: $(VENV)/.python $(INPUTS)
 	$(PIP_INSTALL) -e ".[test]"
 	@touch $@ $(VENV)/.base
+
+# The compiler for TPUs, out of the way of programs that would look for a TPU if it were installed.
+$(VENV)/.libtpu: $(VENV)/.python $(INPUTS)
+	rm -rf $(VENV)/tpu
+	$(PIP_INSTALL) --no-deps --target $(VENV)/tpu libtpu
+	@touch $@

@@ -2,7 +2,10 @@
 
 It needs libtpu: in the environment variable TPU_LIBRARY_PATH, in `tpu/` of the virtual environment (`make aot-tpu` puts
 it there) or installed. Each line of output is a JSON object: the chip, the case, seconds, bytes of temporary memory,
-and the arrays as large as the cache that the program makes besides it, `copies`, which should be none.
+and `copies`, the arrays of so many tokens that the program makes out of the cache.
+
+A row of a cache's scales is interleaved with those of other rows on a TPU, so that XLA has to lay them out anew for the
+kernel: 8 bytes a token allocated, beside the 2 W of the token itself. Keys and values are never copied.
 
 XLA lays an array whose last axis is no multiple of 128 out with another axis in the lanes where a program begins or
 ends with it, and copies it for the kernel; inside one program, such as `generate`, it takes the kernel's layout.
@@ -14,27 +17,25 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import math
 import os
 import re
 import resource
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import cli
-from experiments.kernel_cases import BORDERS, CASES, Case
+from experiments.kernel_cases import BORDERS, CASES, Case, decode
 from mfa_jax import axes
 from mfa_jax.config import MFAConfig, MFAKRConfig, MLAConfig, ModelConfig
 from mfa_jax.generate import SamplingConfig, lower_generate
-from mfa_jax.kernels import decode_attention
 from mfa_jax.model.transformer import Transformer
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -93,12 +94,16 @@ def mesh_of(chip: str) -> Mesh:
 def compile_kernel(case: Case, mesh: Mesh, B: int = BATCH, S: int = CAPACITY) -> Any:
     """The compiled `decode_attention` of one call."""
     sharding = NamedSharding(mesh, PartitionSpec())
-    arguments = case.arguments(B, S, lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
-    decode = functools.partial(decode_attention, scale=0.1, value_width=case.value_width, return_lse=True,
-                               implementation="mosaic_tpu")
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        # As the kernel reads it, and as it lies inside a program.
+        layout = Layout(tuple(range(len(shape))))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=Format(layout, sharding))
+
+    arguments = case.arguments(B, S, array)
     with jax.set_mesh(mesh):
-        local = jax.shard_map(lambda arrays: decode(**arrays), in_specs=PartitionSpec(), out_specs=PartitionSpec(),
-                              check_vma=False)
+        local = jax.shard_map(lambda arrays: decode(case, arrays, "mosaic_tpu"), in_specs=PartitionSpec(),
+                              out_specs=PartitionSpec(), check_vma=False)
         return jax.jit(local).lower(arguments).compile()
 
 
@@ -110,34 +115,28 @@ def compile_model(attention: Any, mesh: Mesh, cache_dtype: str = "bfloat16") -> 
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, PartitionSpec())
         place = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding))
-        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+        shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
         return lower_generate(
             model, place(shapes["params"]), batch_size=BATCH, prompt_tokens=128, max_new_tokens=64, capacity=CAPACITY,
             sampling=SamplingConfig(temperature=0), cache_dtype=cache_dtype).compile()
 
 
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?\S+ = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", re.MULTILINE)
-_BITS = re.compile(r"\d+")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?\S+ = (\w+\[[\d,]*\])\S* ([\w-]+)\(", re.MULTILINE)
+_MOVES = {"copy", "copy-start", "transpose", "reshape", "convert", "pad", "slice", "concatenate"}
 
 
-def made(hlo: str, least_bytes: int, operations: Sequence[str] | None = None) -> list[str]:
-    """Instructions that make an array of at least so many bytes: those named, or all that are not a mere name."""
-    names = {"parameter", "bitcast", "get-tuple-element", "custom-call", "while", "tuple"}
+def copies(program: Any, S: int, *, in_loops: bool = False) -> list[str]:
+    """Instructions that make another array of S tokens out of a cache; only those inside a loop if so asked."""
+    computations = re.split(r"\n(?=%|ENTRY)", program.as_text())
+    names = [re.match(r"(?:ENTRY )?%?([\w.-]+)", text) for text in computations]
+    bodies = set(re.findall(r"body=%?([\w.-]+)", program.as_text()))
     found = []
-    for kind, shape, operation in _INSTRUCTION.findall(hlo):
-        bits = _BITS.search(kind)
-        size = math.prod(int(n) for n in shape.split(",") if n) * (int(bits[0]) // 8 if bits else 1)
-        chosen = operation in operations if operations is not None else operation not in names
-        if size >= least_bytes and chosen:
-            found.append(f"{operation} {kind}[{shape}]")
+    for name, text in zip(names, computations, strict=True):
+        if name is None or "fused" in name[1] or (in_loops and name[1] not in bodies):
+            continue
+        found += [f"{operation} {shape}" for shape, operation in _INSTRUCTION.findall(text)
+                  if operation in _MOVES and re.search(rf"\b{S}\b", shape)]
     return found
-
-
-def loop_bodies(hlo: str) -> str:
-    """The text of the computations that are bodies of loops."""
-    bodies = set(re.findall(r"body=%?([\w.-]+)", hlo))
-    computations = re.split(r"\n(?=%|ENTRY)", hlo)
-    return "\n".join(text for text in computations if text.lstrip("%").split(" ", 1)[0] in bodies)
 
 
 def main(config: AotTpuConfig) -> None:
@@ -147,22 +146,20 @@ def main(config: AotTpuConfig) -> None:
         for name, case in (CASES | BORDERS).items():
             start = time.perf_counter()
             program = compile_kernel(case, mesh)
-            stored = BATCH * CAPACITY * case.H * case.K * jnp.dtype(case.cache_dtype).itemsize
-            _report(chip, name, start, program, made(program.as_text(), stored // 2))
+            _report(chip, name, start, program, copies(program, CAPACITY))
         if config.generate:
             for attention in (MFAConfig(num_heads=64, latent_dim=256), MFAKRConfig(num_heads=64, latent_dim=256),
                               MLAConfig(num_heads=128, latent_dim=512, rope_dim=64)):
                 for cache_dtype in ("bfloat16", "int8"):
                     start = time.perf_counter()
                     program = compile_model(attention, mesh, cache_dtype)
-                    stored = BATCH * CAPACITY * 256 * jnp.dtype(cache_dtype).itemsize
-                    copies = made(loop_bodies(program.as_text()), stored // 2, ("copy", "copy-start", "transpose"))
-                    _report(chip, f"generate {attention.variant} {cache_dtype}", start, program, copies)
+                    _report(chip, f"generate {attention.variant} {cache_dtype}", start, program,
+                            copies(program, CAPACITY, in_loops=True))
 
 
-def _report(chip: str, name: str, start: float, program: Any, copies: list[str]) -> None:
+def _report(chip: str, name: str, start: float, program: Any, moved: list[str]) -> None:
     print(json.dumps({"chip": chip, "case": name, "seconds": round(time.perf_counter() - start, 1),
-                      "temp_bytes": program.memory_analysis().temp_size_in_bytes, "copies": copies}), flush=True)
+                      "temp_bytes": program.memory_analysis().temp_size_in_bytes, "copies": moved}), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from mfa_jax.kernels import decode_attention
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -31,7 +33,7 @@ class Case:
         return arrays * self.K * (self.H * itemsize + (4 if self.cache_dtype == "int8" else 0))
 
     def arguments(self, B: int, S: int, array: Callable[[tuple[int, ...], Any], Any]) -> dict[str, Any]:
-        """Keyword arguments of `decode_attention`, its arrays made by `array(shape, dtype)`; None where not due."""
+        """Arrays of a call, made by `array(shape, dtype)`; None where not due."""
         heads = (self.K,) if self.K > 1 else ()
         stored, own_values = (B, *heads, S), self.value_width is None
         scales = self.cache_dtype == "int8"
@@ -45,6 +47,12 @@ class Case:
             "k_scale": array(stored, "float32") if scales else None,
             "v_scale": array(stored, "float32") if scales and own_values else None,
         }
+
+
+def decode(case: Case, arrays: dict[str, Any], implementation: str) -> Any:
+    """`decode_attention` of a case, with its log-sum-exp."""
+    return decode_attention(**arrays, scale=case.H**-0.5, value_width=case.value_width, return_lse=True,
+                            implementation=implementation)
 
 
 _MFA, _MFA_KR = Case(64, 256), Case(64, 256, value_width=256, rope=True)

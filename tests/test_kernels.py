@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -176,11 +177,27 @@ def test_bad_input_is_named(changes: dict[str, Any], error: type[Exception], mes
         decode_attention(**call)
 
 
-CALL = Call(T=1, N=64, S=4096, H=256, h=256, dtype=jnp.bfloat16, cache_dtype=jnp.bfloat16, shared=False)
-
-
-@pytest.mark.parametrize(("implementation", "platform", "chosen"), [
-    ("auto", "cpu", "xla"), ("reference", "cpu", "reference"), ("xla", "tpu", "xla"),
+@pytest.mark.parametrize(("implementation", "device", "chosen"), [
+    ("auto", Device("cpu"), "xla"), ("reference", Device("cpu"), "reference"), ("xla", Device("tpu"), "xla"),
+    ("auto", Device("tpu", "TPU v5 lite"), "mosaic_tpu"), ("auto", Device("tpu", "TPU v5"), "mosaic_tpu"),
+    ("auto", Device("tpu", "TPU v2"), "xla"), ("mosaic_tpu_interpret", Device("cpu"), "mosaic_tpu_interpret"),
 ])
-def test_what_serves_can_be_asked(implementation: str, platform: str, chosen: str) -> None:
-    assert resolve(implementation, CALL, Device(platform)) == chosen
+def test_what_serves_can_be_asked(implementation: str, device: Device, chosen: str) -> None:
+    assert resolve(implementation, CALL, device) == chosen
+
+
+@pytest.mark.parametrize(("changes", "device", "reason"), [
+    ({}, Device("cpu"), "runs on TPUs, and this is cpu; mosaic_tpu_interpret runs its program anywhere"),
+    ({}, Device("tpu", "TPU v2"), "has no block sizes for TPU v2; it has for TPU v5 lite"),
+    ({"S": 100}, Device("tpu", "TPU v6 lite"), "copies 16 tokens of a .*float32.* cache at a time, and S=100 is not"),
+    ({"S": 48, "cache_dtype": jnp.dtype("int8")}, Device("tpu", "TPU v6 lite"), "copies 32 tokens of a int8 cache"),
+    ({"dtype": jnp.dtype("float16")}, Device("tpu", "TPU v6 lite"), "takes queries of .*, not float16"),
+    ({"cache_dtype": jnp.dtype("float8_e4m3fn")}, Device("tpu", "TPU v6 lite"), "reads caches of .*, not float8_e4m3fn"),
+])
+def test_a_backend_that_cannot_serve_says_why_and_what_would(
+    changes: dict[str, Any], device: Device, reason: str
+) -> None:
+    call = dataclasses.replace(CALL, **changes)
+    with pytest.raises(NotImplementedError, match=f"implementation='mosaic_tpu': {reason}.*; use one of auto, .*xla"):
+        resolve("mosaic_tpu", call, device)
+    assert resolve("auto", call, device) == "xla"

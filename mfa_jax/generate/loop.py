@@ -118,14 +118,14 @@ def lower_generate(
     """
     prompts = np.zeros((batch_size, prompt_tokens), np.int32)
     *arrays, buffer, capacity = _prepare(model, prompts, [prompt_tokens] * batch_size, max_new_tokens, (), capacity)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, jax.random.key(0), jnp.int32(0))]
-    return _generate.lower(model, params, *shapes, sampling=sampling, buffer=buffer, capacity=capacity,
-                           cache_dtype=cache_dtype)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return _generate.lower(model, params, *arrays, key, np.int32(max_new_tokens), sampling=sampling, buffer=buffer,
+                           capacity=capacity, cache_dtype=cache_dtype)
 
 
 def _prepare(
     model: Transformer, prompts: Any, lengths: Any, max_new_tokens: int, stop_tokens: Any, capacity: int | None
-) -> tuple[Array, Array, Array, int, int]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
     """Checked and padded arguments: prompts, lengths, stop tokens, size of the output, capacity of the cache."""
     prompts, lengths = np.asarray(prompts, np.int32), np.asarray(lengths, np.int32)
     require(prompts.ndim == 2 and prompts.size > 0, "prompts", prompts.shape, "must be token ids of shape [B, T]")
@@ -156,7 +156,7 @@ def _prepare(
     if stops.ndim < 2:
         stops = np.broadcast_to(stops.reshape(1, -1), (len(prompts), stops.size))
     require(stops.shape[0] == len(prompts), "stop_tokens", stops.shape, f"must have {len(prompts)} rows")
-    return jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(stops), bucket(max_new_tokens), capacity
+    return padded, lengths, stops, bucket(max_new_tokens), capacity
 
 
 def _unrolled(model: Transformer, params: Any) -> Callable[..., Any]:
