@@ -192,7 +192,7 @@ def test_what_serves_can_be_asked(implementation: str, device: Device, chosen: s
     ({"S": 100}, Device("tpu", "TPU v6 lite"), "copies 16 tokens of a .*float32.* cache at a time, and S=100 is not"),
     ({"S": 48, "cache_dtype": jnp.dtype("int8")}, Device("tpu", "TPU v6 lite"), "copies 32 tokens of a int8 cache"),
     ({"dtype": jnp.dtype("float16")}, Device("tpu", "TPU v6 lite"), "takes queries of .*, not float16"),
-    ({"cache_dtype": jnp.dtype("float8_e4m3fn")}, Device("tpu", "TPU v6 lite"), "reads caches of .*, not float8_e4m3fn"),
+    ({"cache_dtype": jnp.dtype("float8_e4m3fn")}, Device("tpu", "TPU v6 lite"), "reads .*, not float8_e4m3fn"),
 ])
 def test_a_backend_that_cannot_serve_says_why_and_what_would(
     changes: dict[str, Any], device: Device, reason: str

@@ -4,9 +4,11 @@
 | --- | --- | --- |
 | `reference` | anywhere | the definition, float32, all scores at once; the oracle of the tests |
 | `xla` | anywhere | online softmax over blocks, ends at the longest length |
+| `mosaic_tpu` | TPU v5e, v5p, v6e | Pallas: copies the exact valid keys of a list of work, on every core |
+| `mosaic_tpu_interpret` | anywhere, slowly | the program of `mosaic_tpu` in Pallas' interpreter, for tests and study |
 
 One stream of keys serves all query heads of MFA, MFA-KR, MQA, and of MLA with its queries absorbed; GQA and MHA have
-several, each served as a row of its own.
+several. `resolve` says what `auto` takes, and why a named implementation can't serve a call.
 """
 
 from mfa_jax.kernels.calls import Call, Device, default_device
