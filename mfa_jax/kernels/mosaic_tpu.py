@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from mfa_jax.kernels.calls import default_device
 from mfa_jax.kernels.tpu_block import FLOOR, attend, fill_table
-from mfa_jax.kernels.tpu_plan import CHIPS, LANES, TILE, Plan, Work, block_size, grain, item_of, merge, work_list
+from mfa_jax.kernels.tpu_plan import CHIPS, LANES, Plan, Work, grain, item_of, make_plan, merge, work_list
 
 _SLOTS = 2
 """Blocks in flight: one is computed while the next is copied."""
@@ -48,16 +48,12 @@ def decode_attention(
     if k.ndim == 3:
         k = k[:, None]
         v, k_scale, v_scale = (None if x is None else x[:, None] for x in (v, k_scale, v_scale))
-    B, T, N, H = q.shape
-    K, S = k.shape[1:3]
-    h = v.shape[-1] if v is not None else value_width or H
+    B, T, N, _ = q.shape
+    K = k.shape[1]
     kind = chip or ("TPU v5 lite" if interpret else default_device().kind)
-    row_bytes = sum(-(-x.shape[-1] // LANES) * LANES * x.dtype.itemsize for x in (k, v) if x is not None)
-    block = block or block_size(CHIPS[kind], S, row_bytes)
-    M = -(-T * N // K // TILE) * TILE
-    part = math.gcd(block, max(LANES, CHIPS[kind].part // 2 ** math.ceil(math.log2(M))))
-    plan = Plan(B, K, T, M, S, H, h, v is None, inv_freq is not None, alibi_slopes is not None, k_scale is not None,
-                q.dtype, block, part, CHIPS[kind].cores)
+    plan = make_plan(q, k, v, rope=inv_freq is not None, alibi=alibi_slopes is not None, value_width=value_width,
+                     chip=CHIPS[kind], block=block)
+    M = plan.M
     queries = _rows((q.astype(jnp.float32) * (scale * _LOG2E)).swapaxes(1, 2), plan)
     inputs: dict[str, tuple[Array, Any]] = {"q": (queries if plan.rope else queries.astype(q.dtype), "head")}
     if T > 1:
@@ -70,7 +66,7 @@ def decode_attention(
     inputs |= {name: (x, "hbm") for name, x in (("k", k), ("v", v)) if x is not None}
     scales = {"k_scale": k_scale, "v_scale": v_scale}
     # A copy of scales ends at whole lanes.
-    inputs |= {name: (jnp.pad(x[:, :, None], ((0, 0),) * 3 + ((0, -S % LANES),)), "hbm")
+    inputs |= {name: (jnp.pad(x[:, :, None], ((0, 0),) * 3 + ((0, -plan.S % LANES),)), "hbm")
                for name, x in scales.items() if x is not None}
     work = work_list(lengths, plan)
     out, lse = _call(plan, work, inputs, CHIPS[kind].vmem_bytes, interpret)

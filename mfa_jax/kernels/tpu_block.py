@@ -23,43 +23,63 @@ _PV = (((1,), (0,)), ((), ()))
 
 def attend(plan: Plan, refs: dict[str, Any], slot: Array, start: Array, length: Array) -> None:
     """Adds a block to the running softmax: whole, or only the parts that hold a valid key."""
+    every_query_sees_all = start + plan.block <= jnp.minimum(length - plan.T + 1, plan.S)
+
+    @pl.when(every_query_sees_all)
+    def _() -> None:
+        attend_whole(plan, refs, slot, start, length)
+
+    @pl.when(~every_query_sees_all)
+    def _() -> None:
+        _attend_end(plan, refs, slot, start, length)
+
+
+def attend_whole(plan: Plan, refs: dict[str, Any], slot: Any, start: Any, length: Any) -> None:
+    """A block that every query sees all of: no masks, and a part's scores come before the softmax of the one before."""
+    queries = _queries(plan, refs)
+    state = refs["top"][...], refs["total"][...], refs["sum"][...]
+    parts = plan.block // plan.part
+    found = _scores(plan, refs, queries, slot, 0)
+    for part in range(parts):
+        now, found = found, _scores(plan, refs, queries, slot, part + 1) if part + 1 < parts else found
+        state = _step(plan, refs, now, state, start + part * plan.part, length, masked=False)
+    refs["top"][...], refs["total"][...], refs["sum"][...] = state
+
+
+def _attend_end(plan: Plan, refs: dict[str, Any], slot: Array, start: Array, length: Array) -> None:
+    queries = _queries(plan, refs)
+
+    def step(part: Array, carry: None) -> None:
+        state = refs["top"][...], refs["total"][...], refs["sum"][...]
+        found = _scores(plan, refs, queries, slot, part)
+        state = _step(plan, refs, found, state, start + part * plan.part, length, masked=True)
+        refs["top"][...], refs["total"][...], refs["sum"][...] = state
+
+    held = jnp.clip(length, 0, plan.S) - start
+    lax.fori_loop(0, lax.div(jnp.minimum(held, plan.block) + plan.part - 1, plan.part), step, None)
+
+
+def _queries(plan: Plan, refs: dict[str, Any]) -> Array:
     queries = refs["q"][...]
     if plan.rope:
         queries = _turn(queries, refs["origin_cos"][...], -refs["origin_sin"][...]).astype(plan.dtype)
+    return queries
 
-    def scores(part: Any) -> tuple[Array, Array, Any, Any]:
-        keys = pl.ds(part * plan.part, plan.part)
-        stored = refs["k_slots"][slot, keys].astype(plan.dtype)
-        turned = stored
-        if plan.rope:
-            turned = _turn(refs["k_slots"][slot, keys].astype(jnp.float32), refs["cos"][keys], refs["sin"][keys])
-            turned = turned.astype(plan.dtype)
-        s = _product(queries, turned, _QK)
-        values = stored[:, : plan.h] if plan.shared else refs["v_slots"][slot, keys].astype(plan.dtype)
-        if not plan.quantized:
-            return s, values, None, None
-        k_scale = refs["k_scale_slots"][slot, :, keys]
-        return s, values, k_scale, k_scale if plan.shared else refs["v_scale_slots"][slot, :, keys]
 
-    @pl.when(start + plan.block <= jnp.minimum(length - plan.T + 1, plan.S))
-    def _() -> None:
-        state = refs["top"][...], refs["total"][...], refs["sum"][...]
-        parts = plan.block // plan.part
-        found = scores(0)
-        for part in range(parts):
-            now, found = found, scores(part + 1) if part + 1 < parts else found
-            state = _step(plan, refs, now, state, start + part * plan.part, length, masked=False)
-        refs["top"][...], refs["total"][...], refs["sum"][...] = state
-
-    @pl.when(start + plan.block > jnp.minimum(length - plan.T + 1, plan.S))
-    def _() -> None:
-        def step(part: Array, carry: None) -> None:
-            state = refs["top"][...], refs["total"][...], refs["sum"][...]
-            state = _step(plan, refs, scores(part), state, start + part * plan.part, length, masked=True)
-            refs["top"][...], refs["total"][...], refs["sum"][...] = state
-
-        held = jnp.clip(length, 0, plan.S) - start
-        lax.fori_loop(0, lax.div(jnp.minimum(held, plan.block) + plan.part - 1, plan.part), step, None)
+def _scores(plan: Plan, refs: dict[str, Any], queries: Array, slot: Any, part: Any) -> tuple[Array, Array, Any, Any]:
+    """Scores of one part of a block, its values, and the scales of both where they are int8."""
+    keys = pl.ds(part * plan.part, plan.part)
+    stored = refs["k_slots"][slot, keys].astype(plan.dtype)
+    turned = stored
+    if plan.rope:
+        turned = _turn(refs["k_slots"][slot, keys].astype(jnp.float32), refs["cos"][keys], refs["sin"][keys])
+        turned = turned.astype(plan.dtype)
+    s = _product(queries, turned, _QK)
+    values = stored[:, : plan.h] if plan.shared else refs["v_slots"][slot, keys].astype(plan.dtype)
+    if not plan.quantized:
+        return s, values, None, None
+    k_scale = refs["k_scale_slots"][slot, :, keys]
+    return s, values, k_scale, k_scale if plan.shared else refs["v_scale_slots"][slot, :, keys]
 
 
 def _step(

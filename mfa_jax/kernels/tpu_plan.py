@@ -84,6 +84,20 @@ def block_size(chip: Chip, S: int, row_bytes: int) -> int:
     return min(max(LANES, keys), -(-S // LANES) * LANES)
 
 
+def make_plan(
+    q: Any, k: Any, v: Any, *, rope: bool, alibi: bool, value_width: int | None, chip: Chip, block: int | None = None
+) -> Plan:
+    """The numbers of a call with keys `[B, K, S, H]`; of the arrays only shapes and types are looked at."""
+    B, T, N, H = q.shape
+    K, S = k.shape[1:3]
+    row_bytes = sum(-(-x.shape[-1] // LANES) * LANES * x.dtype.itemsize for x in (k, v) if x is not None)
+    block = block or block_size(chip, S, row_bytes)
+    M = -(-T * N // K // TILE) * TILE
+    part = math.gcd(block, max(LANES, chip.part // 2 ** math.ceil(math.log2(M))))
+    h = v.shape[-1] if v is not None else value_width or H
+    return Plan(B, K, T, M, S, H, h, v is None, rope, alibi, k.dtype == jnp.int8, q.dtype, block, part, chip.cores)
+
+
 class Work(NamedTuple):
     """The list of one key head's blocks; those of the other key heads follow in the same order."""
 
