@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,9 +25,9 @@ def stories(data_dir: Path) -> Path:
 
 def test_a_float32_cache_gives_the_losses_of_the_full_forward(stories: Path) -> None:
     config, params = load_llama(stories)
-    tokens = np.load(stories / "golden_stories260K_fp64.npz")["ids"][None, :97]
+    tokens = jnp.asarray(np.load(stories / "golden_stories260K_fp64.npz")["ids"][None, :97], jnp.int32)
     logits, _ = Transformer(config).apply({"params": params}, tokens[:, :-1])
-    wanted = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), tokens[:, 1:, None], axis=-1)[..., 0]
+    wanted = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
     found = cached_losses(Transformer(config), params, tokens, "float32")
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
 
