@@ -91,7 +91,8 @@ def bits_per_byte(
     batch = np.stack([tokens[i * window : (i + 1) * window + 1] for i in range(rows)])
     size = sum(len(tokenizer.decode(row.tolist()).encode()) - len(tokenizer.decode(row[:1].tolist()).encode())
                for row in batch)
-    return float(np.asarray(cached_losses(model, params, jnp.asarray(batch), cache_dtype), np.float64).sum()) / math.log(2) / size
+    losses = np.asarray(cached_losses(model, params, jnp.asarray(batch), cache_dtype), np.float64)
+    return float(losses.sum()) / math.log(2) / size
 
 
 def main(config: CachePrecisionConfig) -> None:

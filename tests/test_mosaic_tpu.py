@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hbm_traffic import count_hbm
+from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from test_kernels import make, oracle
@@ -98,6 +100,18 @@ def test_bytes_read_are_those_of_the_valid_keys(variant: str, S: int) -> None:
     assert read.copies == valid
     queries = call["q"].size // 3 * 16 * (4 if variant == "mfa_kr" else 2)
     assert read.blocks - queries <= 0.02 * valid
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=12)
+def test_any_shape_equals_the_loop(data: st.DataObject) -> None:
+    S = 16 * data.draw(st.integers(1, 20))
+    call = make(
+        data.draw(st.sampled_from(["mfa", "mfa_kr", "mla"])), data.draw(st.sampled_from(["rope", "alibi"])), S=S,
+        T=data.draw(st.integers(1, 8)), N=data.draw(st.integers(1, 20)), width=data.draw(st.sampled_from([6, 64, 130])),
+        lengths=tuple(data.draw(st.lists(st.integers(0, S), min_size=1, max_size=4))),
+        dtype=jnp.int8 if S % 32 == 0 and data.draw(st.booleans()) else jnp.float32)
+    assert_equals_the_loop(call, run(call, chip=data.draw(st.sampled_from(["TPU v5e", "TPU v5p"]))), 5e-5)
 
 
 @pytest.mark.parametrize(("chip", "row_bytes", "keys"), [

@@ -18,15 +18,19 @@ from mfa_jax.kernels.sharded import LAYOUTS, choose
 
 B, N, S, C = 8, 8, 16, 8
 CACHES: dict[str, Any] = {
-    "mfa": (SharedKVCache, [(S, C), (S, C)]), "mfa_kr": (KeyCache, [(S, C)]), "mla": (KeyCache, [(S, C)]),
-    "gqa": (KVCache, [(4, S, C), (4, S, C)]),
+    "mfa": (SharedKVCache, [(), ()]), "mfa_kr": (KeyCache, [()]), "mla": (KeyCache, [()]),
+    "gqa": (KVCache, [(4,), (4,)]),
 }
+"""A cache, and the axis of key heads of each of its streams."""
 
 
-def make(variant: str, T: int, dtype: str) -> tuple[jax.Array, Cache, tuple[jax.Array, ...], dict[str, Any]]:
+def make(
+    variant: str, T: int, dtype: str, S: int = S
+) -> tuple[jax.Array, Cache, tuple[jax.Array, ...], dict[str, Any]]:
     """Ragged rows, those that are empty, full to the brim, and on either side of a shard of the sequence among them."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
-    kind, shapes = CACHES[variant]
+    kind, widths = CACHES[variant]
+    shapes = [(*heads, S, C) for heads in widths]
     cache = allocate(kind, B, *shapes, dtype=dtype)
     held = tuple(jax.random.normal(next(keys), (B, *shape)) for shape in shapes)
     length = jnp.array([0, 1, 3, 4, 7, 8, 9, S - T])
@@ -60,6 +64,18 @@ def test_every_layout_equals_one_device(variant: str, layout: str, sizes: tuple[
         out, after = jax.jit(step)(q, cache, new)
     chex.assert_trees_all_close(out, wanted, atol=2e-6, rtol=2e-6)
     chex.assert_trees_all_equal(after, wanted_cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", ["mfa", "mfa_kr"])
+def test_the_tpu_kernel_serves_every_layout(variant: str, layout: str) -> None:
+    q, cache, new, options = make(variant, 2, "float32", S=128)
+    wanted, _ = cached_attention(q, cache, new, serving=Serving(), **options)
+    with jax.set_mesh(axes.make_mesh((2, 1, 1, 1, 4))):
+        serving = Serving(decode="mosaic_tpu_interpret", layout=layout)
+        out, _ = jax.jit(lambda *a: cached_attention(*a, serving=serving, **options))(q, cache, new)
+    chex.assert_trees_all_close(out, wanted, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize(("layout", "share", "exchanged"), [

@@ -30,13 +30,14 @@ class Chip(NamedTuple):
     """Keys and values of a block. A step is a chain of some thousand cycles whatever it computes, and has to end before
     the copy of the next block: 2 MiB take 4500 cycles of v5e, 2200 of v6e and 2600 of a core of v5p."""
     part: int = 2**16
-    """Scores computed at once, queries x keys: a matrix of float32 that the softmax goes through in VMEM."""
+    """Scores computed at once, queries x keys: a matrix of float32. Fewer do not fill the matrix unit between two
+    softmaxes; v6e, whose units are four times as large, wants twice as many."""
     vmem_bytes: int = 2**25
     """What a kernel may take. Two slots, the rope table and the accumulators are below 16 MiB but for many queries."""
 
 
-CHIPS = {"TPU v5 lite": Chip(1), "TPU v5e": Chip(1), "TPU v5": Chip(2), "TPU v5p": Chip(2), "TPU v6 lite": Chip(1),
-         "TPU v6e": Chip(1)}
+_V5E, _V5P, _V6E = Chip(cores=1), Chip(cores=2), Chip(cores=1, part=2**17)
+CHIPS = {"TPU v5 lite": _V5E, "TPU v5e": _V5E, "TPU v5": _V5P, "TPU v5p": _V5P, "TPU v6 lite": _V6E, "TPU v6e": _V6E}
 """By `device_kind`."""
 
 
