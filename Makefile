@@ -1,4 +1,5 @@
-# make quickstart · make test · make test-fast · make lint · make types · make aot-tpu · make clean
+# make quickstart · make test · make test-fast · make lint · make types · make aot-tpu · make aot-gpu ·
+# make clean
 #
 # Each target sets up what it needs: a virtual environment at $(VENV) with the exact versions of constraints.txt.
 # Another interpreter: make PYTHON=python3.13 VENV=.venv-newer test-fast. More test processes: make WORKERS=8 test.
@@ -15,10 +16,10 @@ INPUTS = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-fast lint types aot-tpu clean
+.PHONY: help quickstart test test-fast lint types aot-tpu aot-gpu clean
 
 help:
-	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
 quickstart: $(VENV)/.base
 	$(BIN)/python -m experiments.quickstart --workdir $(WORKDIR)
@@ -37,6 +38,9 @@ types: $(VENV)/.test
 
 aot-tpu: $(VENV)/.libtpu
 	$(BIN)/python -m experiments.aot_tpu
+
+aot-gpu: $(VENV)/.base $(VENV)/.cuda
+	$(BIN)/python -m experiments.aot_gpu
 
 clean:
 	rm -rf .venv .venv-newer .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
@@ -62,4 +66,10 @@ $(VENV)/.test: $(VENV)/.python $(INPUTS)
 $(VENV)/.libtpu: $(VENV)/.python $(INPUTS)
 	rm -rf $(VENV)/tpu
 	$(PIP_INSTALL) --no-deps --target $(VENV)/tpu libtpu
+	@touch $@
+
+# JAX's CUDA plug-in, with the compiler for GPUs but without CUDA, in the same way.
+$(VENV)/.cuda: $(VENV)/.python $(INPUTS)
+	rm -rf $(VENV)/gpu
+	$(PIP_INSTALL) --no-deps --target $(VENV)/gpu jax-cuda13-plugin jax-cuda13-pjrt
 	@touch $@

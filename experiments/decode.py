@@ -49,9 +49,10 @@ class DecodeConfig:
     """Stop where the model ends a document."""
     capacity: int | None = None
     """Tokens that the cache holds; none for what is needed."""
-    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
-    """Type of the cached arrays, int8 with a scale a token; none for the model's."""
-    implementation: Literal["auto", "reference", "xla", "mosaic_tpu", "mosaic_tpu_interpret"] | None = None
+    cache_dtype: Literal["float32", "bfloat16", "int8", "float8_e4m3fn"] | None = None
+    """Type of the cached arrays, those of 8 bits with a scale a token; none for the model's."""
+    implementation: Literal["auto", "reference", "xla", "mosaic_tpu", "mosaic_tpu_interpret", "mosaic_gpu",
+                            "mosaic_gpu_interpret"] | None = None
     """Decode kernel; auto takes the device's own where it can serve, none what the run's config says."""
     step: int | None = None
     """Checkpoint to read; none for the newest intact one."""

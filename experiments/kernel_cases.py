@@ -30,13 +30,13 @@ class Case:
     def token_bytes(self) -> int:
         """Bytes of a token in the cache, scales counted in."""
         arrays, itemsize = (2 if self.value_width is None else 1), jnp.dtype(self.cache_dtype).itemsize
-        return arrays * self.K * (self.H * itemsize + (4 if self.cache_dtype == "int8" else 0))
+        return arrays * self.K * (self.H * itemsize + (4 if itemsize == 1 else 0))
 
     def arguments(self, B: int, S: int, array: Callable[[tuple[int, ...], Any], Any]) -> dict[str, Any]:
         """Arrays of a call, made by `array(shape, dtype)`; None where not due."""
         heads = (self.K,) if self.K > 1 else ()
         stored, own_values = (B, *heads, S), self.value_width is None
-        scales = self.cache_dtype == "int8"
+        scales = jnp.dtype(self.cache_dtype).itemsize == 1
         return {
             "q": array((B, self.T, self.N, self.H), self.dtype),
             "k": array((*stored, self.H), self.cache_dtype),

@@ -10,8 +10,9 @@ The sequence axis comes after the heads, so that the products of a decode step r
 [B]` counts the tokens of each row. `append` past the end writes nothing there, goes on counting and so raises the
 `overflowed` flag; where it is known at trace time that the tokens can't fit, it raises instead.
 
-Streams of int8 hold `round(127 x / max|x|)` of each token (and key head), and `max|x| / 127` in a float32 array beside
-them, `k_scale` or `v_scale [B, *K, S]`: W + 4 bytes a token of width W. Tokens are rounded as they are appended.
+Streams of int8 hold `round(127 x / max|x|)` of each token (and key head), those of float8_e4m3fn `448 x / max|x|`, and
+`max|x| / 127` or `/ 448` in a float32 array beside them, `k_scale` or `v_scale [B, *K, S]`: W + 4 bytes a token of
+width W. Tokens are rounded as they are appended.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Num
+
+SCALED = {jnp.dtype(jnp.int8): 127, jnp.dtype(jnp.float8_e4m3fn): 448}
+"""Types whose tokens have a scale, and the largest number they hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Cache:
 
     @property
     def scales(self) -> tuple[Any, ...]:
-        """For each stream, what its tokens are multiplied by; None where they are not int8."""
+        """For each stream, what its tokens are multiplied by; None where the type needs none."""
         return tuple(getattr(self, f"{name}_scale") for name in self._names)
 
     @property
@@ -105,22 +109,23 @@ class Cache:
         written: dict[str, Any] = {}
         for name, stream, scale, tokens_of in zip(self._names, self.streams, self.scales, new, strict=True):
             if scale is not None:
-                tokens_of, scale_of = quantize(tokens_of)
+                tokens_of, scale_of = quantize(tokens_of, stream.dtype)
                 written[f"{name}_scale"] = _write(scale, rows, columns, scale_of, self.has_heads)
             written[name] = _write(stream, rows, columns, tokens_of.astype(stream.dtype), self.has_heads)
         return dataclasses.replace(self, length=self.length + tokens, **written)
 
     def read(self, dtype: Any) -> tuple[Any, ...]:
-        """The streams as arrays of `dtype`; those of int8 multiplied by their scales, the others as they are."""
-        return tuple(stream if scale is None else (stream * scale[..., None]).astype(dtype)
+        """The streams as arrays of `dtype`; those with scales multiplied by them, the others as they are."""
+        return tuple(stream if scale is None else (stream.astype(jnp.float32) * scale[..., None]).astype(dtype)
                      for stream, scale in zip(self.streams, self.scales, strict=True))
 
 
-def quantize(x: Float[Array, "*B W"]) -> tuple[Int8[Array, "*B W"], Float[Array, "*B"]]:
-    """Int8 and the scale of each row that gives `x` back, to half a scale: `max|x| / 127`."""
-    x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(axis=-1) / 127
-    return jnp.round(x / jnp.where(scale == 0, 1, scale)[..., None]).astype(jnp.int8), scale
+def quantize(x: Float[Array, "*B W"], dtype: Any) -> tuple[Num[Array, "*B W"], Float[Array, "*B"]]:
+    """A type of `SCALED`, and of each row the scale that gives `x` back: `max|x|` over the type's largest number."""
+    x, dtype = x.astype(jnp.float32), jnp.dtype(dtype)
+    scale = jnp.abs(x).max(axis=-1) / SCALED[dtype]
+    x = x / jnp.where(scale == 0, 1, scale)[..., None]
+    return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype), scale
 
 
 def _write(x: Array, rows: Int[Array, "B 1"], columns: Int[Array, "B T"], new: Array, has_heads: bool) -> Array:
@@ -138,9 +143,9 @@ class KVCache(Cache):
     v: Any
     """[B, K, S, h]"""
     k_scale: Any = None
-    """[B, K, S] for int8, else None."""
+    """[B, K, S] for a type of `SCALED`, else None."""
     v_scale: Any = None
-    """[B, K, S] for int8, else None."""
+    """[B, K, S] for a type of `SCALED`, else None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +157,9 @@ class SharedKVCache(Cache):
     v: Any
     """[B, S, C]"""
     k_scale: Any = None
-    """[B, S] for int8, else None."""
+    """[B, S] for a type of `SCALED`, else None."""
     v_scale: Any = None
-    """[B, S] for int8, else None."""
+    """[B, S] for a type of `SCALED`, else None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +169,7 @@ class KeyCache(Cache):
     k: Any
     """[B, S, W]"""
     k_scale: Any = None
-    """[B, S] for int8, else None."""
+    """[B, S] for a type of `SCALED`, else None."""
 
 
 for _layout in (KVCache, SharedKVCache, KeyCache):
@@ -172,7 +177,7 @@ for _layout in (KVCache, SharedKVCache, KeyCache):
 
 
 def allocate(layout: type[Cache], batch: int, *shapes: Sequence[int], dtype: Any) -> Any:
-    """An empty cache: zeros of `[batch, *shape]` for each stream, lengths zero; int8 gets scales besides."""
+    """An empty cache: zeros of `[batch, *shape]` for each stream, lengths zero; types of `SCALED` get scales too."""
     arrays = [jnp.zeros((batch, *shape), dtype) for shape in shapes]
-    scales = [jnp.zeros(x.shape[:-1], jnp.float32) for x in arrays if x.dtype == jnp.int8]
+    scales = [jnp.zeros(x.shape[:-1], jnp.float32) for x in arrays if x.dtype in SCALED]
     return layout(jnp.zeros((batch,), jnp.int32), *arrays, *scales)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mfa_jax.kernels import IMPLEMENTATIONS, Call, Device, decode_attention, default_device, resolve, xla
+from mfa_jax import cache
+from mfa_jax.kernels import IMPLEMENTATIONS, Call, Device, decode, decode_attention, default_device, resolve, xla
 
 VARIANTS = ("mfa", "mfa_kr", "mla")
 CALL = Call(T=1, N=64, S=384, H=256, h=256, dtype=jnp.float32, cache_dtype=jnp.float32, shared=False)
@@ -60,18 +61,20 @@ def make(
     variant: str, encoding: str, *, lengths: tuple[int, ...] = LENGTHS, S: int = 384, T: int = 1, N: int = 3,
     width: int = 16, dtype: Any = jnp.float32, seed: int = 0,
 ) -> dict[str, Any]:
-    """A call whose cache holds garbage past each length: nan, or for int8 a scale of nan."""
+    """A call whose cache holds garbage past each length: nan, scales of 8-bit types too."""
     rng = np.random.default_rng(seed)
     B, held = len(lengths), np.arange(S) < np.array(lengths)[:, None]
     call: dict[str, Any] = {"lengths": jnp.array(lengths, jnp.int32), "scale": width**-0.5, "v": None}
-    activations = jnp.float32 if dtype == jnp.int8 else dtype
+    activations = jnp.float32 if jnp.dtype(dtype).itemsize == 1 else dtype
     call["q"] = jnp.asarray(rng.normal(size=(B, T, N, width)), activations)
     for name in ("k", "v") if variant == "mfa" else ("k",):
         if dtype == jnp.int8:
             call[name] = jnp.asarray(rng.integers(-127, 128, (B, S, width)), jnp.int8)
-            call[f"{name}_scale"] = jnp.asarray(np.where(held, rng.uniform(0.005, 0.02, (B, S)), np.nan), jnp.float32)
         else:
             call[name] = jnp.asarray(np.where(held[..., None], rng.normal(size=(B, S, width)), np.nan), dtype)
+        if jnp.dtype(dtype).itemsize == 1:
+            low, high = (0.005, 0.02) if dtype == jnp.int8 else (0.5, 1.5)
+            call[f"{name}_scale"] = jnp.asarray(np.where(held, rng.uniform(low, high, (B, S)), np.nan), jnp.float32)
     if variant == "mla":
         call["value_width"] = width - 4
     if encoding == "rope" and variant == "mfa_kr":
@@ -107,12 +110,14 @@ def test_drafted_tokens_are_causal_among_themselves(backend: str, variant: str) 
     assert errors(make(variant, "rope", T=4, lengths=(0, 2, 4, 258)), backend) < 2e-5
 
 
-@backends
+@pytest.mark.parametrize(("backend", "dtype"), [
+    *((name, jnp.int8) for name in HERE), ("reference", jnp.float8_e4m3fn), ("xla", jnp.float8_e4m3fn)])
 @variants
-def test_int8_with_a_scale_a_token(backend: str, variant: str) -> None:
-    call = make(variant, "rope", dtype=jnp.int8)
+def test_eight_bits_with_a_scale_a_token(backend: str, dtype: Any, variant: str) -> None:
+    call = make(variant, "rope", dtype=dtype)
     assert errors(call, backend) < 2e-5
     streams = [call[name] for name in ("k", "v", "k_scale", "v_scale") if call.get(name) is not None]
+    assert set(decode.SCALED) == set(cache.SCALED)
     assert sum(x.nbytes for x in streams) == sum((16 + 4) * 6 * 384 for _ in range(len(streams) // 2))
 
 

@@ -43,7 +43,8 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products, everything in a block."""
     attention_implementation: Literal["auto", "dense", "blockwise", "splash", "cudnn", "tokamax"] = "auto"
     """Attention for training and prefill, by name; auto resolves by device and size, `core.resolve` says to what."""
-    decode_implementation: Literal["auto", "reference", "xla", "mosaic_tpu", "mosaic_tpu_interpret"] = "auto"
+    decode_implementation: Literal["auto", "reference", "xla", "mosaic_tpu", "mosaic_tpu_interpret", "mosaic_gpu",
+                                   "mosaic_gpu_interpret"] = "auto"
     """Attention of decoding, by name; auto resolves by device and shape, `kernels.resolve` says to what."""
     decode_layout: Literal["auto", "heads", "batch", "sequence"] = "auto"
     """What the tensor axis of a mesh splits of a cache; `kernels.sharded.choose` says what auto takes."""

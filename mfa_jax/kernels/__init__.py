@@ -6,6 +6,8 @@
 | `xla` | anywhere | online softmax over blocks, ends at the longest length |
 | `mosaic_tpu` | TPU v5e, v5p, v6e | Pallas: copies the exact valid keys of a list of work, on every core |
 | `mosaic_tpu_interpret` | anywhere, slowly | the program of `mosaic_tpu` in Pallas' interpreter, for tests and study |
+| `mosaic_gpu` | Hopper GPUs | Pallas: equal shares of a list of work on every SM, a warpgroup for each job |
+| `mosaic_gpu_interpret` | anywhere, slowly | the program of `mosaic_gpu` in Pallas' interpreter; needs JAX 0.11 |
 
 One stream of keys serves all query heads of MFA, MFA-KR, MQA, and of MLA with its queries absorbed; GQA and MHA have
 several. `resolve` says what `auto` takes, and why a named implementation can't serve a call.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -44,13 +45,23 @@ class Device:
     """As JAX names it, such as `TPU v5 lite` or `NVIDIA H100 80GB HBM3`."""
     compute_capability: float = 0.0
     """Of an NVIDIA GPU, such as 9.0; else 0."""
+    cores: int = 0
+    """Streaming multiprocessors of a GPU; else 0."""
+
+
+_HOPPER = re.compile(r"NVIDIA (H100|H200|H800|H20|GH200)\b")
 
 
 def default_device() -> Device:
     """Of the ambient mesh, whose devices may be compile-only; else the first of the default backend."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None and abstract.platform != "gpu":
+    if abstract is not None and abstract.platform == "gpu":
+        # An abstract device has no compute capability.
+        capability = 9.0 if _HOPPER.match(abstract.device_kind) else 0.0
+        return Device("gpu", abstract.device_kind, capability, abstract.num_cores)
+    if abstract is not None:
         return Device(abstract.platform, abstract.device_kind)
     device = jax.devices()[0]
-    cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
-    return Device(device.platform, device.device_kind, float(device.compute_capability) if cuda else 0.0)
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return Device(device.platform, device.device_kind)
+    return Device(device.platform, device.device_kind, float(device.compute_capability), device.core_count)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from mfa_jax.kernels import mosaic_tpu, reference, tpu_plan, xla
+from mfa_jax.kernels import gpu_plan, mosaic_gpu, mosaic_tpu, reference, tpu_plan, xla
 from mfa_jax.kernels.calls import Call, Device, default_device
 
 
@@ -28,14 +29,24 @@ class Backend(NamedTuple):
     """Whether keys may have an axis of key heads; else it is mapped over."""
 
 
+def _gpu_interpreted(*args: Any, **options: Any) -> Any:
+    names: Any = plgpu  # those of JAX 0.11
+    return mosaic_gpu.decode_attention(*args, **options, interpret=names.InterpretGPUParams())
+
+
 IMPLEMENTATIONS: dict[str, Backend] = {
     "reference": Backend(reference.decode_attention), "xla": Backend(xla.decode_attention),
     "mosaic_tpu": Backend(mosaic_tpu.decode_attention, tpu_plan.obstacle, takes_heads=True),
     "mosaic_tpu_interpret": Backend(
         functools.partial(mosaic_tpu.decode_attention, interpret=pltpu.InterpretParams()),
         functools.partial(tpu_plan.obstacle, interpret=True), takes_heads=True),
+    "mosaic_gpu": Backend(mosaic_gpu.decode_attention, gpu_plan.obstacle, takes_heads=True),
+    "mosaic_gpu_interpret": Backend(
+        _gpu_interpreted, functools.partial(gpu_plan.obstacle, interpret=True), takes_heads=True),
 }
-_KERNELS = {"tpu": "mosaic_tpu"}
+SCALED = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
+"""Types of stored elements that have a scale a token."""
+_KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
 """What `auto` takes on a platform, where it can serve; `xla` otherwise."""
 MAX_QUERIES = 8
 """Largest T: tokens drafted at once."""
@@ -55,14 +66,15 @@ def decode_attention(
 
     Args:
       q: queries, already rotated to their positions where rope is used.
-      k: `[B, S, H]` cached keys, or `[B, K, S, H]`: head n reads key head `n // (N / K)`. int8 with `k_scale`.
+      k: `[B, S, H]` cached keys, or `[B, K, S, H]`: head n reads key head `n // (N / K)`. int8 and float8_e4m3fn with
+        `k_scale`.
       v: cached values, as `k` but of width h; None where the keys serve as values: as they are stored, their first
         `value_width` elements.
       lengths: valid keys of each row, 0 .. S.
       scale: what scores are multiplied by, usually `H ** -0.5`.
       rope: `[H / 2]` frequencies of keys that are stored before rope, in radians a token; None where no turn is due.
       alibi_slopes: `[N]`, a slope a head.
-      k_scale, v_scale: `[B, S]` or `[B, K, S]`, what a token's stored elements are multiplied by, for int8.
+      k_scale, v_scale: `[B, S]` or `[B, K, S]`, what a token's stored elements are multiplied by, for 8-bit types.
       value_width: only with `v=None`; None for H.
       return_lse: also the natural log-sum-exp of each query's scores, `[B, T, N]` float32.
       implementation: a name of `IMPLEMENTATIONS`, or `auto`; see `resolve`.
@@ -71,8 +83,8 @@ def decode_attention(
       `[B, T, N, h]` in the type of `q`; with `return_lse` a pair.
 
     Raises:
-      ValueError: shapes that do not fit together, lengths beyond S (where known), int8 without its scale or a scale
-        without int8, an unknown implementation.
+      ValueError: shapes that do not fit together, lengths beyond S (where known), an 8-bit type without its scale or
+        another with one, an unknown implementation.
       NotImplementedError: T past `MAX_QUERIES`.
     """
     out, lse = averages(q, k, v, lengths, scale=scale, rope=rope, alibi_slopes=alibi_slopes, k_scale=k_scale,
@@ -160,11 +172,11 @@ def _check(
     _require(slopes is None or slopes.shape == (N,), "alibi_slopes.shape", getattr(slopes, "shape", None),
              f"must be ({N},)")
     for name, array, scales in (("k_scale", k, k_scale), ("v_scale", v, v_scale)):
-        quantized = array is not None and array.dtype == jnp.int8
+        quantized = array is not None and array.dtype in SCALED
         shape = getattr(scales, "shape", None)
         _require(shape == (k.shape[:-1] if quantized else None), f"{name}.shape", shape,
-                 f"must be {k.shape[:-1]}: int8 has a scale a token" if quantized else
-                 "must be None: only int8 has scales")
+                 f"must be {k.shape[:-1]}: {array.dtype} has a scale a token" if quantized else
+                 "must be None: only int8 and float8_e4m3fn have scales")
 
 
 def _require(condition: bool, field: str, value: object, accepted: str) -> None:

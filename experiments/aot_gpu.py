@@ -1,0 +1,162 @@
+"""Compiles the decode kernels for an H100 that is not here: `python -m experiments.aot_gpu`.
+
+It needs JAX's CUDA plug-in, no driver and no toolkit: installed, or in `gpu/` of the virtual environment (`make
+aot-gpu` puts it there). Each line of output is a JSON object: the case, seconds, the blocks of threads that share the
+work, the stages and the shared memory of the kernel, and what ptxas says of registers and spills, the merge included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from experiments import cli
+from experiments.kernel_cases import BORDERS, CASES, Case, decode
+from mfa_jax import axes
+from mfa_jax.kernels import Call, gpu_memory, gpu_plan, mosaic_gpu
+
+BATCH, CAPACITY = 64, 8192
+REFUSED = ("odd 3x80", "MFA 64x256 float32")
+"""Cases that the kernel says it can't serve."""
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+"""What XLA asks of a device, as it is for an H100 SXM."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AotGpuConfig:
+    """What is compiled."""
+
+    cases: tuple[str, ...] = tuple(name for name in CASES | BORDERS if name not in REFUSED)
+    """Names of `kernel_cases.CASES` and `BORDERS`."""
+
+    def __post_init__(self) -> None:
+        for name in self.cases:
+            if name not in CASES | BORDERS:
+                raise ValueError(f"cases={name!r}: must be of {', '.join(CASES | BORDERS)}")
+
+
+def plugin_folder() -> Path:
+    """Where `make aot-gpu` puts the CUDA plug-in, out of the way of programs that would look for a GPU."""
+    return Path(sys.prefix, "gpu")
+
+
+def can_compile() -> bool:
+    """Whether this environment compiles for a GPU."""
+    there = plugin_folder().exists() or importlib.util.find_spec("jax_plugins") is not None
+    return there and jax.__version_info__ >= (0, 11)
+
+
+def prepare() -> None:
+    """Makes this process one that compiles for GPUs and runs on the CPU; to be called before JAX has a backend.
+
+    Raises:
+      NotImplementedError: JAX 0.10, whose Mosaic GPU links its programs on a machine with a GPU only.
+    """
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(
+            f"jax=={jax.__version__} compiles Mosaic GPU kernels only where there is a GPU; without one it takes 0.11, "
+            "so Python 3.12 or newer: make PYTHON=python3.13 VENV=.venv-newer aot-gpu")
+    if plugin_folder().exists():
+        sys.path.append(str(plugin_folder()))
+    os.environ.update(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", TF_CPP_MIN_LOG_LEVEL="3", MOSAIC_GPU_DUMP_PTXAS="1")
+    jax.config.update("jax_platforms", "cpu")
+
+
+def h100_mesh() -> Mesh:
+    """One H100, with the axes of every mesh of ours.
+
+    Raises:
+      RuntimeError: the CUDA plug-in is not installed.
+    """
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="h100", target_config=_H100, topology="1x1x1")
+    except (RuntimeError, NotImplementedError) as error:
+        raise RuntimeError("the CUDA plug-in of JAX is not there, `make aot-gpu` installs it") from error
+    return axes.make_mesh((1,) * len(axes.MESH_AXES), topology.devices[:1])
+
+
+def kernel(case: Case, arrays: dict[str, Any]) -> Any:
+    """A case through the GPU kernel, for a GPU of 132 SMs whatever this machine is."""
+    return mosaic_gpu.decode_attention(
+        arrays["q"], arrays["k"], arrays["v"], arrays["lengths"], scale=case.H**-0.5, inv_freq=arrays["rope"],
+        alibi_slopes=arrays["alibi_slopes"], k_scale=arrays["k_scale"], v_scale=arrays["v_scale"],
+        value_width=case.value_width, cores=132)
+
+
+def plan_of(case: Case, B: int = BATCH, S: int = CAPACITY) -> gpu_plan.Plan:
+    """What the kernel decides for a case on an H100."""
+    call = Call(case.T, case.N // case.K, S, case.H, case.value_width or case.H, jnp.dtype(case.dtype),
+                jnp.dtype(case.cache_dtype), case.value_width is not None, case.rope, case.alibi)
+    return gpu_memory.with_stages(gpu_plan.make_plan(call, B, case.K, 132, case.H**-0.5, stages=2))
+
+
+def compile_case(name: str, mesh: Mesh, reports: dict[gpu_plan.Plan, str]) -> dict[str, Any]:
+    """One line of output; `reports` has ptxas' words on kernels of earlier cases, which are not compiled again."""
+    case = (CASES | BORDERS)[name]
+    sharding = NamedSharding(mesh, PartitionSpec())
+    arrays = case.arguments(BATCH, CAPACITY, lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
+        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+        local = jax.shard_map(lambda x: decode(case, x, "mosaic_gpu"), in_specs=PartitionSpec(),
+                              out_specs=PartitionSpec(), check_vma=False)
+        jax.jit(local).lower(arrays).compile()
+        report = "\n".join(path.read_text() for path in Path(folder).glob("*.ptxas"))
+    plan = plan_of(case)
+    text = reports.setdefault(plan, report)
+    if not text:
+        raise RuntimeError(f"{name}: the compiler has left no report of its registers")
+    return {"case": name, "seconds": round(time.perf_counter() - start, 1), "roles": plan.roles, "shares": plan.shares,
+            "stages": plan.stages, "shared_bytes": gpu_memory.bytes_of(plan),
+            "registers": max(int(n) for n in re.findall(r"Used (\d+) registers", text)),
+            "spill_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", text))}
+
+
+def main(config: AotGpuConfig) -> None:
+    prepare()
+    mesh = h100_mesh()
+    reports: dict[gpu_plan.Plan, str] = {}
+    for name in config.cases:
+        print(json.dumps(compile_case(name, mesh, reports)), flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(cli.parse(AotGpuConfig)))

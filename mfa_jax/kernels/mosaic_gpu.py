@@ -1,0 +1,168 @@
+"""The GPU decode kernel (Pallas, Mosaic GPU, for Hopper): copies by TMA into a ring, and a warpgroup for each job.
+
+The blocks of all rows form one list of work, made from the lengths before the kernel starts, and every SM takes an
+equal share of it, whatever the lengths: rows that end inside a share, and one that goes on in the next, whose results
+are merged by their log-sum-exp in a second small kernel. Of an SM's warpgroups one fetches blocks, one scores and takes
+the softmax, one or two hold the sums of 256 value columns each, so that the softmax of a block overlaps the products of
+the one before; one more turns keys that are stored before rope, and widens what is stored in 8 bits.
+
+Keys before rope are turned by `R(start) R(offset)`: angles of a block's start, a row of a table that is fetched with
+the block, and those of the offsets, a table in shared memory, combine by the angle sum formulas. The same tile, as it
+was stored, serves as values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int, Num
+
+from mfa_jax.kernels.calls import Call, default_device
+from mfa_jax.kernels.gpu_memory import key_ring, rings, scratch, value_ring, with_stages
+from mfa_jax.kernels.gpu_merge import merge
+from mfa_jax.kernels.gpu_plan import BLOCK, TILE, Plan, Work, divide, make_plan, segment_of
+from mfa_jax.kernels.gpu_roles import LOG2E, LSE_COLUMNS, average, fetch, prepare, score
+from mfa_jax.kernels.rows import from_rows, to_rows
+
+_INTERPRETED_CORES = 4
+_LAUNCHED = {3: 168, 4: 128}
+"""Registers a thread that so many warpgroups start with: 65536 over all threads, rounded down to 8."""
+_REGISTERS = {
+    "fetch": {(3, 1): 40, (4, 1): 40, (4, 2): 40},
+    "score": {(3, 1): 168, (4, 1): 144, (4, 2): 136},
+    "average": {(3, 1): 232, (4, 1): 176, (4, 2): 168},
+    "prepare": {(4, 1): 152},
+}
+"""Registers a thread of each role, by warpgroups and averaging ones among them. Found by compiling for sm_90a with the
+ptxas of CUDA 13: what a role needs without spills (averaging 64 x 256 sums: above 152), and 512 in all."""
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"], k: Num[Array, "B *K S H"], v: Num[Array, "B *K S h"] | None, lengths: Int[Array, " B"],
+    *, scale: float, inv_freq: Float[Array, " W"] | None, alibi_slopes: Float[Array, " N"] | None,
+    k_scale: Float[Array, "B *K S"] | None, v_scale: Float[Array, "B *K S"] | None, value_width: int | None,
+    cores: int | None = None, interpret: Any = False,
+) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
+    """`kernels.decode_attention` on a Hopper GPU; products take bfloat16, sums and softmax are float32.
+
+    Args:
+      cores: SMs to divide the work over; None for the default device's, and for 4 where that is interpreted.
+      interpret: False to compile, or `pallas.mosaic_gpu.InterpretGPUParams`.
+    """
+    if k.ndim == 3:
+        k = k[:, None]
+        v, k_scale, v_scale = (None if x is None else x[:, None] for x in (v, k_scale, v_scale))
+    B, T, N, H = q.shape
+    K, S = k.shape[1:3]
+    h = v.shape[-1] if v is not None else value_width or H
+    cores = cores or (_INTERPRETED_CORES if interpret else default_device().cores)
+    call = Call(T, N // K, S, H, h, q.dtype, k.dtype, v is None, inv_freq is not None, alibi_slopes is not None)
+    plan = with_stages(make_plan(call, B, K, cores, scale, stages=2))
+    inputs = {"q": to_rows(q, K, plan.M), "k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
+    if alibi_slopes is not None:
+        slopes = jnp.broadcast_to((alibi_slopes * LOG2E)[:, None], (1, T, N, 1))
+        inputs["slopes"] = to_rows(slopes, K, plan.M)[0, :, :, 0]
+    if inv_freq is not None:
+        inputs |= _rope_tables(inv_freq, S)
+    work = divide(lengths, plan)
+    out, lse = _call(plan, work, {name: x for name, x in inputs.items() if x is not None}, interpret)
+    out, lse = merge(plan, work, out, lse, interpret)
+    return from_rows(out, B, T, N, K), from_rows(lse, B, T, N, K)[..., 0]
+
+
+def _rope_tables(inv_freq: Float[Array, " W"], S: int) -> dict[str, Array]:
+    """Cosines and sines of where blocks start, and of offsets in a block, in half precision: 2^-12 off at most."""
+    starts = jnp.minimum(jnp.arange(-(-S // BLOCK)) * BLOCK, S - BLOCK)
+    out: dict[str, Array] = {}
+    for name, position, dtype in (("origin", starts, jnp.float32), ("offset", jnp.arange(BLOCK), jnp.float16)):
+        angle = position[:, None].astype(jnp.float32) * inv_freq
+        out |= {f"{name}_cos": jnp.cos(angle).astype(dtype), f"{name}_sin": jnp.sin(angle).astype(dtype)}
+    return out
+
+
+def _call(
+    plan: Plan, work: Work, inputs: dict[str, Array], interpret: Any
+) -> tuple[Float[Array, "P M h"], Float[Array, "P M L"]]:
+    """Results of each row of each key head, then those of rows that a share goes on with."""
+    names = (*Work._fields, *inputs, "out", "lse")
+    places = plan.B * plan.K + plan.shares - 1
+    results = tuple(jax.ShapeDtypeStruct((places, plan.M, width), jnp.float32) for width in (plan.h, LSE_COLUMNS))
+    options = {"interpret": interpret} if interpret else {}
+
+    def body(*found: Any, **shared: Any) -> None:
+        _roles(plan, Work(*found[:5]), dict(zip(names, found, strict=True)) | shared, bool(interpret))
+
+    program = plgpu.kernel(
+        body, out_type=results, scratch_types=scratch(plan), grid=(plan.M // TILE, plan.shares),
+        grid_names=("tile", "share"), num_threads=plan.roles, thread_name="role",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        kernel_name="decode_attention", **options)
+    out, lse = program(*work, *inputs.values())
+    return out, lse
+
+
+def _roles(plan: Plan, work: Work, refs: dict[str, Any], interpret: bool) -> None:
+    """Gives each warpgroup its job; all walk the same segments."""
+    share, tile, warpgroup = (lax.axis_index(name) for name in ("share", "tile", "role"))
+    tiles = rings(plan, refs)
+
+    def run(at: int, name: str, job: Any, begin: Any = None, **options: Any) -> None:
+        @pl.when(warpgroup == at)
+        def _() -> None:
+            launched, registers = _LAUNCHED[plan.roles], _REGISTERS[name][plan.roles, len(plan.parts)]
+            if registers != launched and not interpret:
+                plgpu.set_max_registers(registers, action="increase" if registers > launched else "decrease")
+            if begin is not None:
+                begin(plan, refs, tiles)
+            lax.fori_loop(
+                work.begin[share], work.end[share],
+                lambda s, i: job(plan, refs, tiles, segment_of(plan, work, share, tile, s), i, **options), jnp.int32(0))
+
+    run(0, "score", score, _begin_scoring)
+    for at, part in enumerate(plan.parts, 1):
+        accumulate = _accumulate_interpreted if interpret else _accumulate
+        run(at, "average", average, _begin_averaging, part=part, accumulate=accumulate)
+    if plan.prepares and not plan.scorer_prepares:
+        run(plan.roles - 2, "prepare", prepare, _begin_preparing)
+    run(plan.roles - 1, "fetch", fetch)
+
+
+def _begin_scoring(plan: Plan, refs: dict[str, Any], tiles: Any) -> None:
+    key_ring(plan, tiles).release_all()
+    if plan.narrow:
+        tiles["scales"].release_all()
+    if plan.scorer_prepares:
+        _begin_preparing(plan, refs, tiles)
+
+
+def _begin_averaging(plan: Plan, refs: dict[str, Any], tiles: Any) -> None:
+    value_ring(plan, tiles).release_all()
+    tiles["weights"].release_all()
+
+
+def _begin_preparing(plan: Plan, refs: dict[str, Any], tiles: Any) -> None:
+    tiles["k"].release_all()
+    if plan.narrow and not plan.shared:
+        tiles["v"].release_all()
+    if plan.rope:
+        for name in ("cos", "sin"):
+            plgpu.copy_gmem_to_smem(refs[f"offset_{name}"], refs[f"offset_{name}_tile"], refs["offset_full"])
+        plgpu.barrier_wait(refs["offset_full"])
+
+
+def _accumulate(sums: Any, weights: Any, values: Any) -> Any:
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, weights, values))(plgpu.ACC.init(sums))
+
+
+def _accumulate_interpreted(sums: Any, weights: Any, values: Any) -> Any:
+    """The interpreter can't start a product from sums."""
+    def product(acc: Any) -> Any:
+        plgpu.wgmma(acc, weights, values)
+        return acc[...]
+
+    return sums + pl.run_scoped(product, plgpu.ACC(sums.shape, jnp.float32))
