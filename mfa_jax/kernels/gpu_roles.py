@@ -75,13 +75,21 @@ def prepare_block(plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], i: A
     stored.release(i)
 
 
+def _wide(tile: Any, at: int, width: int) -> Any:
+    """Columns of a tile; 8 bits become bfloat16, exactly: all of int8 and float8_e4m3fn are among its numbers."""
+    x = load(tile.at[:, pl.ds(at, width)], layout=_LAYOUT)
+    if x.dtype == jnp.float8_e4m3fn:
+        x = x.astype(jnp.float16).astype(jnp.float32)  # the only way that Hopper has
+    return x.astype(jnp.bfloat16) if x.dtype != jnp.float16 else x
+
+
 def _float32(tile: Any, at: int, width: int) -> Any:
-    return load(tile.at[:, pl.ds(at, width)], layout=_LAYOUT).astype(jnp.float32)
+    return _wide(tile, at, width).astype(jnp.float32)
 
 
 def _widen(tile: Any, to: Any) -> None:
     for at in range(0, to.shape[1], COLUMNS):
-        to[:, pl.ds(at, COLUMNS)] = _float32(tile, at, COLUMNS).astype(jnp.bfloat16)
+        to[:, pl.ds(at, COLUMNS)] = _wide(tile, at, COLUMNS)
 
 
 def _turn(plan: Plan, refs: dict[str, Any], tile: Any, to: Any, slot: Any) -> None:
@@ -189,7 +197,7 @@ def average(
     plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], segment: Segment, i: Any, *, part: tuple[int, int],
     accumulate: Callable[[Any, Any, Any], Any],
 ) -> Any:
-    """Averages values by their weights, of one part of the value columns; `accumulate` is `sums + weights values`."""
+    """Averages values by their weights, of one part of the value columns; `accumulate` gives `sums + weights values`."""
     values, weights = value_ring(plan, rings), rings["weights"]
     # Two products of 128 columns: one of 256 needs more registers than ptxas grants a kernel of four warpgroups.
     widths = [(at, min(128, sum(part) - at)) for at in range(part[0], sum(part), 128)]
@@ -203,8 +211,7 @@ def average(
         sums, i = carry
         stored = values.tiles.at[values.wait(i)]
         weights.wait(i)
-        sums = tuple(accumulate(x, refs["weights_tile"], stored.at[:, at])
-                     for x, at in zip(scaled(sums), columns, strict=True))
+        sums = accumulate(scaled(sums), refs["weights_tile"], [stored.at[:, at] for at in columns])
         weights.release(i)
         values.release(i)
         return sums, i + 1

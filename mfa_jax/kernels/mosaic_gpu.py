@@ -13,6 +13,7 @@ was stored, serves as values.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -155,14 +156,20 @@ def _begin_preparing(plan: Plan, refs: dict[str, Any], tiles: Any) -> None:
         plgpu.barrier_wait(refs["offset_full"])
 
 
-def _accumulate(sums: Any, weights: Any, values: Any) -> Any:
-    return pl.run_state(lambda acc: plgpu.wgmma(acc, weights, values))(plgpu.ACC.init(sums))
+def _accumulate(sums: tuple[Any, ...], weights: Any, values: list[Any]) -> tuple[Any, ...]:
+    """All products are under way before the first is waited for."""
+    def products(accumulators: tuple[Any, ...]) -> None:
+        for acc, columns in zip(accumulators, values, strict=True):
+            plgpu.wgmma(acc, weights, columns)
+
+    return tuple(pl.run_state(products)(tuple(plgpu.ACC.init(x) for x in sums)))
 
 
-def _accumulate_interpreted(sums: Any, weights: Any, values: Any) -> Any:
+def _accumulate_interpreted(sums: tuple[Any, ...], weights: Any, values: list[Any]) -> tuple[Any, ...]:
     """The interpreter can't start a product from sums."""
-    def product(acc: Any) -> Any:
-        plgpu.wgmma(acc, weights, values)
+    def product(acc: Any, columns: Any) -> Any:
+        plgpu.wgmma(acc, weights, columns)
         return acc[...]
 
-    return sums + pl.run_scoped(product, plgpu.ACC(sums.shape, jnp.float32))
+    return tuple(x + pl.run_scoped(functools.partial(product, columns=columns), plgpu.ACC(x.shape, jnp.float32))
+                 for x, columns in zip(sums, values, strict=True))
