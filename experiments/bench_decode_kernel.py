@@ -4,14 +4,14 @@
     python -m experiments.bench_decode_kernel --tiny --output tiny.json        # any machine; no result
 
 **What is timed.** A point is a variant, a type of cache, a batch and a length. Each side of it (our backends, and the
-peers of `decode_kernel.sides`) gets one program that decodes one token against several independent caches, one after
-the other: together they take `cold_bytes`, three times the last-level cache of an H100, so that no call finds its keys
-there; `cold` is false in the record where that would take more than `MAX_CACHES`. All sides read the same arrays. A
-round is as many calls of the program as take some 20 ms, handed over without waiting, and waited for at the end; the
-sides of a point and the copy take turns, and a time is the median of the rounds over the calls and caches. So a time
-holds the launches inside a program, while the call of the program itself is hidden where the device takes longer than
-Python (`dispatch_s` in the record); `dispatch_bound` marks the sides where it may not be. JAX programs are dispatched
-by XLA, those of PyTorch by a CUDA graph.
+peers of `decode_kernel.sides`) gets one program that decodes one token against several independent caches, strictly
+one after the other. Together the caches take `cold_bytes`, three times the last-level cache of an H100, so that no call
+finds its keys there; `cold` is false in the record where that would take more than `MAX_CACHES`. All sides read the
+same arrays. A round is as many calls of the program as take some 20 ms, handed over without waiting, and waited for at
+the end; the sides of a point and the copy take turns, and a time is the median of the rounds over the calls and caches.
+So a time holds the launches inside a program, while the call of the program itself is hidden where the device takes
+longer than Python (`dispatch_s` in the record); `dispatch_bound` marks the sides where it may not be. JAX programs are
+dispatched by XLA, those of PyTorch by a CUDA graph.
 
 **What is checked.** Before anything is timed, ours decode from caches whose rows have every kind of length and hold
 nan past it, into memory that was filled with nan; then every side decodes the caches that it is timed with. Both are
@@ -107,13 +107,15 @@ class BenchDecodeKernelConfig:
 
 
 def points(config: BenchDecodeKernelConfig) -> list[Point]:
-    """All of them, by importance: large batches first, then our shapes before those of the paper, then lengths."""
+    """All of them, by importance: the largest batch first, then our other batches, those of the paper's models last."""
     cases, scale = CASES | PAPER, config.scale
+    largest, *smaller = scale.batches
+    stages = [(largest, False), (largest, True), *((batch, paper) for paper in (False, True) for batch in smaller)]
     known = tuple(n for n in scale.lengths if n is not None)
     return [
         Point(name, dataclasses.replace(cases[name], cache_dtype=dtype), batch, length, known,
-              slow_sides=batch == scale.batches[0] and length in scale.lengths[:2] and name not in PAPER)
-        for batch in scale.batches for paper in (False, True) for length in scale.lengths
+              slow_sides=batch == largest and length in scale.lengths[:2] and name not in PAPER)
+        for batch, paper in stages for length in scale.lengths
         # A mix of one row is none.
         if length is not None or batch > 1
         for dtype in config.cache_dtypes for name in config.cases if (name in PAPER) == paper
@@ -154,6 +156,8 @@ def measure(config: BenchDecodeKernelConfig) -> dict[str, Any]:
         write(config.output, record)
         screen.print(f"{budget.used:4.0f} s  {done}", highlight=False)
 
+    # A file that can't be written is found out now.
+    keep("copy and matrix product")
     for length in scale.layer.lengths if config.layer else ():
         record["layer"].append(measure_layer(
             scale.layer, length, [name for name, side in found.items() if side.ours], copy, rounds=config.rounds,

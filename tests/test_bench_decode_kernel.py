@@ -105,6 +105,8 @@ def test_what_matters_most_comes_first() -> None:
                          "MFA 64x256 int8 64 x 32768"]
     # Eight variants in two types, four lengths at batches of 64 and 8, and no mix of one row.
     assert len(set(names)) == len(names) == 8 * 2 * (4 + 4 + 3)
+    assert names.index("paper-7b-mha bfloat16 64 x 32768") < names.index("MFA 64x256 bfloat16 8 x 32768")
+    assert names.index("MFA 64x256 int8 1 x 1024") < names.index("paper-7b-mha bfloat16 8 x 32768")
     assert {point.batch for point in order if point.slow_sides} == {64}
     assert all(point.caches(Sizes()) * point.valid_bytes(0) >= 3 * 50 * 2**20 or point.caches(Sizes()) == 64
                for point in order)

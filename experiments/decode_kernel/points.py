@@ -30,6 +30,8 @@ from experiments.kernel_cases import Case
 from mfa_jax.kernels import default_device, resolve
 
 MAX_CACHES = 64
+GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+"""The decodes of a program do not depend on each other, and a CUDA graph could run several at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +122,9 @@ def _lower(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _compile(lowered: Any) -> Any:
+    options = GPU_OPTIONS if default_device().platform == "gpu" else None
     try:
-        return lowered if isinstance(lowered, Exception) else lowered.compile()
+        return lowered if isinstance(lowered, Exception) else lowered.compile(compiler_options=options)
     except Exception as error:
         return error
 
