@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
@@ -179,6 +180,18 @@ def machine(threads: int) -> dict[str, Any]:
             versions[package] = None
     return {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": threads, "platform": jax.default_backend(),
             "python": platform.python_version(), "versions": versions, "load_before": os.getloadavg()}
+
+
+def write(path: str | Path, record: dict[str, Any]) -> None:
+    """The record as a JSON file, in place of what was there, at once: a reader never meets half of it.
+
+    Raises:
+      OSError: the file can't be written.
+    """
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(target)
 
 
 def _cpu_name() -> str:

@@ -8,7 +8,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mfa_jax.kernels import decode_attention
+from mfa_jax.attention import decode_call
+from mfa_jax.config import AttentionConfig, GQAConfig, PositionConfig
+from mfa_jax.kernels import Call, decode_attention
+from mfa_jax.presets import published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,17 @@ class Case:
         arrays, itemsize = (2 if self.value_width is None else 1), jnp.dtype(self.cache_dtype).itemsize
         return arrays * self.K * (self.H * itemsize + (4 if itemsize == 1 else 0))
 
+    @property
+    def flops_per_key(self) -> int:
+        """Of the products of one row with one cached token: scores and averages of T queries of N heads."""
+        return 2 * self.T * self.N * (self.H + (self.value_width or self.H))
+
+    def call(self, S: int) -> Call:
+        """What `kernels.resolve` is asked for a cache of S tokens."""
+        return Call(T=self.T, N=self.N // self.K, S=S, H=self.H, h=self.value_width or self.H,
+                    dtype=jnp.dtype(self.dtype), cache_dtype=jnp.dtype(self.cache_dtype),
+                    shared=self.value_width is not None, rope=self.rope, alibi=self.alibi)
+
     def arguments(self, B: int, S: int, array: Callable[[tuple[int, ...], Any], Any]) -> dict[str, Any]:
         """Arrays of a call, made by `array(shape, dtype)`; None where not due."""
         heads = (self.K,) if self.K > 1 else ()
@@ -53,6 +67,13 @@ def decode(case: Case, arrays: dict[str, Any], implementation: str) -> Any:
     """`decode_attention` of a case, with its log-sum-exp."""
     return decode_attention(**arrays, scale=case.H**-0.5, value_width=case.value_width, return_lse=True,
                             implementation=implementation)
+
+
+def case_of(config: AttentionConfig) -> Case:
+    """The call that a layer of this config makes when it decodes one token, in bfloat16."""
+    call = decode_call(config, PositionConfig(), capacity=1, dtype=jnp.bfloat16, cache_dtype=jnp.bfloat16)
+    K = config.num_kv_heads if isinstance(config, GQAConfig) else 1
+    return Case(call.N * K, call.H, K, value_width=call.h if call.shared else None, rope=call.rope)
 
 
 _MFA, _MFA_KR = Case(64, 256), Case(64, 256, value_width=256, rope=True)
@@ -84,3 +105,6 @@ BORDERS = {
     "MLA 128x(512+64), 8 drafted": dataclasses.replace(_MLA, T=8),
 }
 """What only has to compile: the widths, head counts, types and encodings at the ends of what is served."""
+PAPER = {name: case_of(published[name].attention)
+         for name in ("paper-7b-mha", "paper-7b-mla", "paper-7b-mfa", "paper-7b-mfa-kr")}
+"""The 7B models of the paper, as `presets` has them."""

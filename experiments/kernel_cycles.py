@@ -1,8 +1,9 @@
 """The static cycles that a TPU's compiler gives one block of the decode kernel: `python -m experiments.kernel_cycles`.
 
 A twin of the kernel computes the same whole block again and again, from memory that is fetched once; the difference of
-two numbers of steps is the arithmetic of one, without any copy. The compiler writes its estimate to a file while it
-compiles, and may abort after it has: so each estimate is a process of its own.
+two numbers of steps is the arithmetic of one, without any copy. With `--products` it computes the two products of a
+block alone, and for int8 the conversion they need: what no schedule of all the rest can go below. The compiler writes
+its estimate to a file while it compiles, and may abort after it has: so each estimate is a process of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
@@ -42,6 +44,8 @@ class KernelCyclesConfig:
     """v5e, v5p or v6e."""
     steps: int
     """Blocks that the twin computes."""
+    products: bool = False
+    """Without softmax, and without the turn of keys."""
 
 
 def plan_of(case: Case, kind: str, S: int = 32768) -> Plan:
@@ -52,7 +56,19 @@ def plan_of(case: Case, kind: str, S: int = 32768) -> Plan:
                      chip=CHIPS[kind])
 
 
-def twin(plan: Plan, cache_dtype: Any, steps: int) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
+def _products(plan: Plan, refs: dict[str, Any]) -> None:
+    """Scores and averages of a block, as `attend_whole` has them but for all that is between."""
+    queries, out = refs["q"][...].astype(plan.dtype), refs["sum"][...]
+    for part in range(plan.block // plan.part):
+        keys = pl.ds(part * plan.part, plan.part)
+        stored = refs["k_slots"][0, keys].astype(plan.dtype)
+        values = stored[:, : plan.h] if plan.shared else refs["v_slots"][0, keys].astype(plan.dtype)
+        s = lax.dot_general(queries, stored, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        out = out + jnp.dot(s.astype(plan.dtype), values, preferred_element_type=jnp.float32)
+    refs["sum"][...] = out
+
+
+def twin(plan: Plan, cache_dtype: Any, steps: int, products: bool) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
     """The program, and the shapes of its arguments."""
     half = (plan.block, plan.H // 2)
     arrays = {"q": ((plan.M, plan.H), jnp.float32 if plan.rope else plan.dtype),
@@ -63,7 +79,7 @@ def twin(plan: Plan, cache_dtype: Any, steps: int) -> tuple[Any, list[jax.ShapeD
         arrays |= {f"{name}_scale_slots": ((1, 1, plan.block), jnp.float32) for name in ("k", "v")}
     if plan.rope:
         arrays |= {name: ((1, half[1]), jnp.float32) for name in ("origin_cos", "origin_sin")}
-        arrays |= {name: (half, jnp.float32) for name in ("cos", "sin")}
+        arrays |= {name: (half, plan.turn) for name in ("cos", "sin")}
     state = {"top": LANES, "total": LANES, "sum": plan.h}
     names = (*arrays, "out", *state)
 
@@ -75,7 +91,10 @@ def twin(plan: Plan, cache_dtype: Any, steps: int) -> tuple[Any, list[jax.ShapeD
             for name in state:
                 refs[name][...] = jnp.zeros_like(refs[name])
 
-        attend_whole(plan, refs, 0, 0, plan.S)
+        if products:
+            _products(plan, refs)
+        else:
+            attend_whole(plan, refs, 0, 0, plan.S)
 
         @pl.when(pl.program_id(0) == steps - 1)
         def _() -> None:
@@ -92,13 +111,13 @@ def twin(plan: Plan, cache_dtype: Any, steps: int) -> tuple[Any, list[jax.ShapeD
     return program, [jax.ShapeDtypeStruct(*x) for x in arrays.values()]
 
 
-def cycles(case: str, chip: str) -> float:
-    """Estimated cycles of one block's arithmetic."""
+def cycles(case: str, chip: str, products: bool = False) -> float:
+    """Estimated cycles of one block's arithmetic, or of its products alone."""
     found = []
     for steps in STEPS:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "experiments.kernel_cycles", "--case", case, "--chip", chip, "--steps",
-                       str(steps)]
+                       str(steps), "--products" if products else "--no-products"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={
                 **os.environ, "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={folder}"})
             profiles = list(Path(folder).glob(f"{_NAME}*"))
@@ -115,7 +134,7 @@ def main(config: KernelCyclesConfig) -> None:
     prepare()
     mesh, case = mesh_of(config.chip), CASES[config.case]
     plan = plan_of(case, mesh.devices.flat[0].device_kind)
-    program, shapes = twin(plan, case.cache_dtype, config.steps)
+    program, shapes = twin(plan, case.cache_dtype, config.steps, config.products)
     sharding = NamedSharding(mesh, PartitionSpec())
     arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in shapes]
     jax.jit(jax.shard_map(program, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(),

@@ -2,8 +2,8 @@
 `experiments/results/kernels/`.
 
 For each TPU and case: the block that was chosen, the bytes and the time of its copy at the published bandwidth, the
-compiler's static estimate of its arithmetic (`kernel_cycles`), their ratio, and the memory the kernel takes. Nothing
-here was timed. It takes some ten minutes.
+compiler's static estimate of its arithmetic, and of its products alone (`kernel_cycles`), their ratios to the copy, and
+the memory the kernel takes. Nothing here was timed. It takes some ten minutes.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ def measure(name: str, chip: str) -> dict[str, Any]:
     lanes = -(-plan.H // 128) * 128
     token = case.token_bytes // case.K + (lanes - plan.H) * (1 if plan.quantized else 2)
     copy = plan.block * token / bandwidth * clock
-    arithmetic = cycles(name, chip)
+    arithmetic, products = cycles(name, chip), cycles(name, chip, products=True)
     return {"chip": chip, "case": name, "block": plan.block, "part": plan.part, "bytes": plan.block * token,
             "copy_cycles": round(copy), "compute_cycles": round(arithmetic), "ratio": round(arithmetic / copy, 2),
+            "product_cycles": round(products), "product_ratio": round(products / copy, 2),
             "vmem_bytes": vmem_bytes(compile_kernel(case, mesh).as_text())}
 
 
@@ -68,11 +69,12 @@ def vmem_bytes(hlo: str) -> int:
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown."""
     titles = ("chip", "case", "keys a block", "keys a part", "MiB a block", "copy, cycles", "compute, cycles",
-              "compute / copy", "VMEM, MiB")
-    rows = [f"| {' | '.join(titles)} |", "| --- | --- " + "| ---: " * 7 + "|"]
+              "compute / copy", "products / copy", "VMEM, MiB")
+    rows = [f"| {' | '.join(titles)} |", "| --- | --- " + "| ---: " * 8 + "|"]
     for x in lines:
         cells = (x["chip"], x["case"], x["block"], x["part"], f"{x['bytes'] / 2**20:.2f}", x["copy_cycles"],
-                 x["compute_cycles"], f"{x['ratio']:.2f}", f"{x['vmem_bytes'] / 2**20:.1f}")
+                 x["compute_cycles"], f"{x['ratio']:.2f}", f"{x['product_ratio']:.2f}",
+                 f"{x['vmem_bytes'] / 2**20:.1f}")
         rows.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return "\n".join(rows) + "\n"
 

@@ -58,6 +58,23 @@ def test_no_race_and_no_garbage_at_any_border(mode: str, variant: str, encoding:
     assert interpret_pallas_call.races.races_found is False
 
 
+def test_int8_keys_turn_in_bfloat16_where_vectors_can() -> None:
+    """A key's turn is four roundings of 2 ** -9, beside those of the other backends (see `test_kernels`)."""
+    lengths = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK)
+    call = make("mfa_kr", "rope", dtype=jnp.int8, lengths=lengths, width=256, N=16)
+    call["q"] = call["q"].astype(jnp.bfloat16)
+    errors = {}
+    for chip in ("TPU v5e", "TPU v6e"):
+        found = run(call, chip=chip)
+        assert_equals_the_loop(call, found, tolerance=12 * 2**-8)
+        errors[chip] = np.abs(np.asarray(found[0], np.float64) - oracle(call)[0]).mean()
+    assert errors["TPU v5e"] < errors["TPU v6e"] < 2 * errors["TPU v5e"], "another rounding, and not much of one"
+    arrays = (jax.ShapeDtypeStruct((1, 1, 16, 256), jnp.bfloat16), jax.ShapeDtypeStruct((1, 1, 512, 256), jnp.int8))
+    for name, chip in tpu_plan.CHIPS.items():
+        plan = tpu_plan.make_plan(*arrays, None, rope=True, alibi=False, value_width=None, chip=chip)
+        assert (plan.turn == jnp.bfloat16) == ("v6" in name)
+
+
 @pytest.mark.parametrize("lengths", [(0, 1, 129, 384), (384,), (1,), (0,), (384, 384, 1), (5, 384)])
 @pytest.mark.parametrize("variant", ["mfa", "mfa_kr"])
 def test_two_cores_share_the_list(variant: str, lengths: tuple[int, ...]) -> None:

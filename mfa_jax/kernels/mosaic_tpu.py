@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from mfa_jax.kernels.calls import default_device
 from mfa_jax.kernels.tpu_block import FLOOR, attend, fill_table
-from mfa_jax.kernels.tpu_plan import CHIPS, LANES, Plan, Work, grain, item_of, make_plan, merge, work_list
+from mfa_jax.kernels.tpu_plan import CHIPS, LANES, TILE, Plan, Work, grain, item_of, make_plan, merge, work_list
 
 _SLOTS = 2
 """Blocks in flight: one is computed while the next is copied."""
@@ -86,7 +86,8 @@ def _rows(x: Num[Array, "b N T W"], plan: Plan) -> Num[Array, "b K M W"]:
 
 
 def _rope_tables(inv_freq: Float[Array, " W"], plan: Plan) -> dict[str, tuple[Array, Any]]:
-    fine = 2 ** (int(math.log2(plan.block)) // 2)
+    # Whole tiles are written to the table of a block.
+    fine = max(TILE, 2 ** (int(math.log2(plan.block)) // 2))
     tables = {"fine": jnp.arange(fine), "coarse": jnp.arange(plan.block // fine) * fine,
               "origin": jnp.arange(-(-plan.S // plan.block)) * plan.block}
     out: dict[str, tuple[Array, Any]] = {}
@@ -126,7 +127,7 @@ def _call(
     scratch |= {name: pltpu.VMEM((plan.M, width), jnp.float32)
                 for name, width in (("top", LANES), ("total", LANES), ("sum", plan.h))}
     if plan.rope:
-        scratch |= {name: pltpu.VMEM((plan.block, plan.H // 2), jnp.float32) for name in ("cos", "sin")}
+        scratch |= {name: pltpu.VMEM((plan.block, plan.H // 2), plan.turn) for name in ("cos", "sin")}
     names = (*Work._fields, *inputs, "out", "lse", *scratch)
 
     def body(*refs: Any) -> None:

@@ -72,7 +72,7 @@ def _scores(plan: Plan, refs: dict[str, Any], queries: Array, slot: Any, part: A
     stored = refs["k_slots"][slot, keys].astype(plan.dtype)
     turned = stored
     if plan.rope:
-        turned = _turn(refs["k_slots"][slot, keys].astype(jnp.float32), refs["cos"][keys], refs["sin"][keys])
+        turned = _turn(refs["k_slots"][slot, keys].astype(plan.turn), refs["cos"][keys], refs["sin"][keys])
         turned = turned.astype(plan.dtype)
     s = _product(queries, turned, _QK)
     values = stored[:, : plan.h] if plan.shared else refs["v_slots"][slot, keys].astype(plan.dtype)
@@ -131,7 +131,9 @@ def fill_table(refs: dict[str, Any]) -> None:
     def fill(j: Array, carry: None) -> None:
         rows = pl.ds(pl.multiple_of(j * fine, fine), fine)
         cos, sin = refs["coarse_cos"][pl.ds(j, 1)], refs["coarse_sin"][pl.ds(j, 1)]
-        refs["cos"][rows] = cos * refs["fine_cos"][...] - sin * refs["fine_sin"][...]
-        refs["sin"][rows] = sin * refs["fine_cos"][...] + cos * refs["fine_sin"][...]
+        turns = {"cos": cos * refs["fine_cos"][...] - sin * refs["fine_sin"][...],
+                 "sin": sin * refs["fine_cos"][...] + cos * refs["fine_sin"][...]}
+        for name, table in turns.items():
+            refs[name][rows] = table.astype(refs[name].dtype)
 
     lax.fori_loop(0, refs["coarse_cos"].shape[0], fill, None)
