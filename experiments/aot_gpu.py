@@ -8,6 +8,7 @@ work, the stages and the shared memory of the kernel, and what ptxas says of reg
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib.util
 import json
 import os
@@ -19,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import jaxlib
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import cli
 from experiments.kernel_cases import BORDERS, CASES, Case, decode
 from mfa_jax import axes
-from mfa_jax.kernels import Call, gpu_memory, gpu_plan, mosaic_gpu
+from mfa_jax.kernels import gpu_memory, gpu_plan, mosaic_gpu
 
 BATCH, CAPACITY = 64, 8192
 REFUSED = ("odd 3x80", "MFA 64x256 float32")
@@ -65,6 +66,8 @@ class AotGpuConfig:
 
     cases: tuple[str, ...] = tuple(name for name in CASES | BORDERS if name not in REFUSED)
     """Names of `kernel_cases.CASES` and `BORDERS`."""
+    output: str | None = None
+    """A folder: gpu.json and the table gpu.md are written into it; none to print only."""
 
     def __post_init__(self) -> None:
         for name in self.cases:
@@ -123,9 +126,7 @@ def kernel(case: Case, arrays: dict[str, Any]) -> Any:
 
 def plan_of(case: Case, B: int = BATCH, S: int = CAPACITY) -> gpu_plan.Plan:
     """What the kernel decides for a case on an H100."""
-    call = Call(case.T, case.N // case.K, S, case.H, case.value_width or case.H, jnp.dtype(case.dtype),
-                jnp.dtype(case.cache_dtype), case.value_width is not None, case.rope, case.alibi)
-    return gpu_memory.with_stages(gpu_plan.make_plan(call, B, case.K, 132, case.H**-0.5, stages=2))
+    return gpu_memory.with_stages(gpu_plan.make_plan(case.call(S), B, case.K, 132, case.H**-0.5, stages=2))
 
 
 def compile_case(name: str, mesh: Mesh, reports: dict[gpu_plan.Plan, str]) -> dict[str, Any]:
@@ -144,18 +145,39 @@ def compile_case(name: str, mesh: Mesh, reports: dict[gpu_plan.Plan, str]) -> di
     text = reports.setdefault(plan, report)
     if not text:
         raise RuntimeError(f"{name}: the compiler has left no report of its registers")
-    return {"case": name, "seconds": round(time.perf_counter() - start, 1), "roles": plan.roles, "shares": plan.shares,
+    return {"case": name, "seconds": round(time.perf_counter() - start, 1),
+            "block_bytes": gpu_plan.BLOCK * case.token_bytes // case.K, "roles": plan.roles, "shares": plan.shares,
             "stages": plan.stages, "shared_bytes": gpu_memory.bytes_of(plan),
             "registers": max(int(n) for n in re.findall(r"Used (\d+) registers", text)),
             "spill_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", text))}
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    titles = ("case", "KiB a block", "blocks on their way", "warpgroups", "shares", "shared memory, KiB",
+              "registers at launch", "spills, bytes")
+    rows = [f"| {' | '.join(titles)} |", "| --- " + "| ---: " * 7 + "|"]
+    for x in lines:
+        cells = (x["case"], f"{x['block_bytes'] / 2**10:.1f}", x["stages"], x["roles"], x["shares"],
+                 f"{x['shared_bytes'] / 2**10:.1f}", x["registers"], x["spill_bytes"])
+        rows.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return "\n".join(rows) + "\n"
 
 
 def main(config: AotGpuConfig) -> None:
     prepare()
     mesh = h100_mesh()
     reports: dict[gpu_plan.Plan, str] = {}
+    lines = []
     for name in config.cases:
-        print(json.dumps(compile_case(name, mesh, reports)), flush=True)
+        lines.append(compile_case(name, mesh, reports))
+        print(json.dumps(lines[-1]), flush=True)
+    if config.output is not None:
+        folder = Path(config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "jaxlib": jaxlib.__version__}
+        (folder / "gpu.json").write_text(json.dumps({**facts, "lines": lines}, indent=1) + "\n")
+        (folder / "gpu.md").write_text(table(lines))
 
 
 if __name__ == "__main__":

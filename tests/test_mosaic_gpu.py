@@ -182,10 +182,7 @@ def test_prefill_and_decoding_equal_the_full_forward(variant: str) -> None:
 
 
 def plan_for(case: Case, cores: int = 132) -> gpu_plan.Plan:
-    width = case.value_width or case.H
-    call = Call(case.T, case.N // case.K, 8192, case.H, width, jnp.bfloat16, jnp.dtype(case.cache_dtype),
-                case.value_width is not None, case.rope, case.alibi)
-    return gpu_memory.with_stages(gpu_plan.make_plan(call, 64, case.K, cores, 1.0, stages=2))
+    return gpu_memory.with_stages(gpu_plan.make_plan(case.call(8192), 64, case.K, cores, 1.0, stages=2))
 
 
 @pytest.mark.parametrize(("name", "stages", "shares", "roles"), [
@@ -216,9 +213,7 @@ def test_the_list_of_work_is_cut_into_equal_shares() -> None:
 def test_every_case_lowers_for_a_gpu_or_says_why_not(name: str) -> None:
     """Without a GPU and without CUDA: the program that a GPU's compiler would be given."""
     case = (CASES | BORDERS)[name]
-    call = Call(case.T, case.N // case.K, 8192, case.H, case.value_width or case.H, jnp.dtype(case.dtype),
-                jnp.dtype(case.cache_dtype), case.value_width is not None, case.rope, case.alibi)
-    reason = gpu_plan.obstacle(call, H100)
+    reason = gpu_plan.obstacle(case.call(8192), H100)
     assert (reason is None) == (name not in aot_gpu.REFUSED), reason
     if reason is None:
         arrays = case.arguments(4, 8192, jax.ShapeDtypeStruct)

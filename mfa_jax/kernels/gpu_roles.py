@@ -197,7 +197,7 @@ def average(
     plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], segment: Segment, i: Any, *, part: tuple[int, int],
     accumulate: Callable[[Any, Any, Any], Any],
 ) -> Any:
-    """Averages values by their weights, of one part of the value columns; `accumulate` gives `sums + weights values`."""
+    """Averages of one part of the value columns; `accumulate` gives `sums + weights values`."""
     values, weights = value_ring(plan, rings), rings["weights"]
     # Two products of 128 columns: one of 256 needs more registers than ptxas grants a kernel of four warpgroups.
     widths = [(at, min(128, sum(part) - at)) for at in range(part[0], sum(part), 128)]

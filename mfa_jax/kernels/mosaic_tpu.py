@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Num
 
 from mfa_jax.kernels.calls import default_device
+from mfa_jax.kernels.rows import from_rows, to_rows
 from mfa_jax.kernels.tpu_block import FLOOR, attend, fill_table
 from mfa_jax.kernels.tpu_plan import CHIPS, LANES, TILE, Plan, Work, grain, item_of, make_plan, merge, work_list
 
@@ -54,13 +55,13 @@ def decode_attention(
     plan = make_plan(q, k, v, rope=inv_freq is not None, alibi=alibi_slopes is not None, value_width=value_width,
                      chip=CHIPS[kind], block=block)
     M = plan.M
-    queries = _rows((q.astype(jnp.float32) * (scale * _LOG2E)).swapaxes(1, 2), plan)
+    queries = to_rows(q.astype(jnp.float32) * (scale * _LOG2E), K, M)
     inputs: dict[str, tuple[Array, Any]] = {"q": (queries if plan.rope else queries.astype(q.dtype), "head")}
     if T > 1:
-        inputs["draft"] = _rows(jnp.broadcast_to(jnp.arange(T)[:, None], (1, N, T, LANES)), plan)[0, 0], None
+        inputs["draft"] = to_rows(jnp.broadcast_to(jnp.arange(T)[:, None, None], (1, T, N, LANES)), K, M)[0, 0], None
     if alibi_slopes is not None:
-        slopes = jnp.broadcast_to((alibi_slopes * _LOG2E)[:, None, None], (1, N, T, LANES))
-        inputs["slopes"] = _rows(slopes, plan)[0], "key_head"
+        slopes = jnp.broadcast_to((alibi_slopes * _LOG2E)[:, None], (1, T, N, LANES))
+        inputs["slopes"] = to_rows(slopes, K, M)[0], "key_head"
     if inv_freq is not None:
         inputs |= _rope_tables(inv_freq, plan)
     inputs |= {name: (x, "hbm") for name, x in (("k", k), ("v", v)) if x is not None}
@@ -71,18 +72,7 @@ def decode_attention(
     work = work_list(lengths, plan)
     out, lse = _call(plan, work, inputs, CHIPS[kind].vmem_bytes, interpret)
     out, lse = merge(out, lse[:, :, 0] * _LN2, work, plan)
-
-    def by_tokens(x: Array) -> Array:
-        x = x.reshape(B, K, M, -1)[:, :, : N // K * T].reshape(B, N, T, -1)
-        return x.swapaxes(1, 2)
-
-    return by_tokens(out), by_tokens(lse)[..., 0]
-
-
-def _rows(x: Num[Array, "b N T W"], plan: Plan) -> Num[Array, "b K M W"]:
-    """Queries of a key head as rows of a matrix, heads before drafted tokens, with rows of zeros to a whole tile."""
-    x = x.reshape(x.shape[0], plan.K, -1, x.shape[-1])
-    return jnp.pad(x, ((0, 0), (0, 0), (0, plan.M - x.shape[2]), (0, 0)))
+    return from_rows(out, B, T, N, K), from_rows(lse[..., None], B, T, N, K)[..., 0]
 
 
 def _rope_tables(inv_freq: Float[Array, " W"], plan: Plan) -> dict[str, tuple[Array, Any]]:
