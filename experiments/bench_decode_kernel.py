@@ -43,6 +43,7 @@ from experiments.decode_kernel.targets import targets
 from experiments.kernel_cases import CASES, PAPER
 from mfa_jax.config import require, to_dict
 
+CACHE_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
 NAMES = ("MFA 64x256", "MFA-KR 64x256", "MLA 128x(512+64)", "GQA 64/4x128", *PAPER)
 
 
@@ -75,7 +76,7 @@ class BenchDecodeKernelConfig:
     cases: tuple[str, ...] = NAMES
     """What is decoded: names of `kernel_cases`."""
     cache_dtypes: tuple[str, ...] = ("bfloat16", "int8")
-    """Of bfloat16, int8."""
+    """Of bfloat16, int8, float8_e4m3fn."""
     budget_seconds: float = 570.0
     """No group of points is begun that would not end within it."""
     rounds: int = 7
@@ -95,7 +96,7 @@ class BenchDecodeKernelConfig:
         for name in self.cases:
             require(name in NAMES, "cases", name, f"must be of {', '.join(NAMES)}")
         for name in self.cache_dtypes:
-            require(name in ("bfloat16", "int8"), "cache_dtypes", name, "must be of bfloat16, int8")
+            require(name in CACHE_DTYPES, "cache_dtypes", name, f"must be of {', '.join(CACHE_DTYPES)}")
         require(self.rounds >= 1, "rounds", self.rounds, "must be at least 1")
         require(self.budget_seconds > 0, "budget_seconds", self.budget_seconds, "must be positive")
 

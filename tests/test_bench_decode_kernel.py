@@ -74,7 +74,7 @@ def test_what_peers_can_not_do_is_said() -> None:
     assert turned["xla"]["status"] == "ok"
     assert turned["jax.nn xla"]["reason"] == "can't turn keys that are stored before rope"
     int8 = measured(Case(4, 16, cache_dtype="int8"), 64, sides())["sides"]
-    assert int8["jax.nn xla"]["reason"] == "reads no int8 cache with a scale a token"
+    assert int8["jax.nn xla"]["reason"] == "reads no cache of int8 with a scale a token"
 
 
 @pytest.mark.parametrize("case", [Case(2, 16), Case(4, 16, K=2, cache_dtype="int8")])

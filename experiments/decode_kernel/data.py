@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.kernel_cases import Case
-from mfa_jax.cache import quantize
+from mfa_jax.cache import SCALED, quantize
 from mfa_jax.kernels import decode_attention
 
 SHARPNESS = 4.0
@@ -21,7 +21,7 @@ that are rounded to bfloat16, 2^-9 each: errors of 0.01, and some of 0.03, in th
 
 
 def random_call(case: Case, S: int, seed: Any, lengths: Any, garbage: Any) -> dict[str, Any]:
-    """Arrays of a call, a row at a time; past the lengths `garbage` is stored, for int8 as the scale.
+    """Arrays of a call, a row at a time; past the lengths `garbage` is stored, of types with a scale as that.
 
     Args:
       seed: int32, may be traced.
@@ -37,8 +37,8 @@ def random_call(case: Case, S: int, seed: Any, lengths: Any, garbage: Any) -> di
         held = jnp.arange(S) < length
         for name, one in zip(names, jax.random.split(key, len(names)), strict=True):
             x = jax.random.normal(one, (*heads, S, case.H))
-            if case.cache_dtype == "int8":
-                made[name], scale = quantize(x)
+            if jnp.dtype(case.cache_dtype) in SCALED:
+                made[name], scale = quantize(x, case.cache_dtype)
                 made[f"{name}_scale"] = jnp.where(held, scale, garbage)
             else:
                 made[name] = jnp.where(held[:, None], x, garbage).astype(case.cache_dtype)

@@ -110,7 +110,9 @@ def compile_points(points: list[Point], sides: dict[str, Side], sizes: Sizes) ->
 
 
 def _decode_all(side: Side, case: Case, full: bool, calls: list[dict[str, Any]]) -> list[Any]:
-    return [side.attend(case, call, full and not side.ours) for call in calls]
+    # As one function that is called often, it is traced and lowered once.
+    one = jax.jit(lambda call: side.attend(case, call, full and not side.ours))
+    return [one(call) for call in calls]
 
 
 def _lower(function: Callable[..., Any], *arguments: Any) -> Any:

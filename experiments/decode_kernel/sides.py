@@ -50,8 +50,8 @@ def _ours(name: str) -> Side:
 
 
 def _common_obstacle(case: Case) -> str | None:
-    if case.cache_dtype == "int8":
-        return "reads no int8 cache with a scale a token"
+    if case.cache_dtype != case.dtype:
+        return f"reads no cache of {case.cache_dtype} with a scale a token"
     if case.rope:
         return "can't turn keys that are stored before rope"
     if case.T > 1 or case.alibi:
