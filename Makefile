@@ -1,5 +1,5 @@
-# make quickstart · make test · make test-fast · make lint · make types · make aot-tpu · make aot-gpu ·
-# make clean
+# make quickstart · make test · make test-fast · make lint · make types · make aot-tpu · make aot-gpu
+# make test-gpu-kernel · make clean
 #
 # Each target sets up what it needs: a virtual environment at $(VENV) with the exact versions of constraints.txt.
 # Another interpreter: make PYTHON=python3.13 VENV=.venv-newer test-fast. More test processes: make WORKERS=8 test.
@@ -16,7 +16,7 @@ INPUTS = pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-fast lint types aot-tpu aot-gpu clean
+.PHONY: help quickstart test test-fast lint types aot-tpu aot-gpu test-gpu-kernel clean
 
 help:
 	@sed -n '1,5s/^# \{0,1\}//p' Makefile
@@ -29,6 +29,10 @@ test: $(VENV)/.test $(VENV)/.libtpu
 
 test-fast: $(VENV)/.test $(VENV)/.libtpu
 	$(PYTEST) -m "not slow"
+
+# What only a newer JAX can show of the GPU kernel: all of its interpreter, and its compilation for an H100.
+test-gpu-kernel: $(VENV)/.test $(VENV)/.cuda
+	$(PYTEST) -m slow tests/test_mosaic_gpu.py
 
 lint: $(VENV)/.test
 	$(BIN)/python -m ruff check .
