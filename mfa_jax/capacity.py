@@ -31,11 +31,13 @@ def parameter_shapes(attention: AttentionConfig, model_dim: int) -> dict[str, tu
     D, N = model_dim, attention.num_heads
     if isinstance(attention, GQAConfig):
         K, H = attention.num_kv_heads, attention.head_dim
-        return {"W_Q": (D, N, H), "W_K": (D, K, H), "W_V": (D, K, H), "W_O": (N, H, D)}
+        shapes: dict[str, tuple[int, ...]] = {"W_Q": (D, N, H), "W_K": (D, K, H), "W_V": (D, K, H), "W_O": (N, H, D)}
+        biases = {"b_Q": (N, H), "b_K": (K, H), "b_V": (K, H)} if attention.qkv_bias else {}
+        return shapes | biases | ({"q_norm": (H,), "k_norm": (H,)} if attention.qk_norm else {})
     C = attention.latent_dim
     if isinstance(attention, MLAConfig):
         R, h, H = attention.rope_dim, attention.value_dim, attention.nope_dim + attention.rope_dim
-        shapes: dict[str, tuple[int, ...]] = {
+        shapes = {
             "W_DKV": (D, C), "W_KR": (D, R), "kv_norm": (C,), "W_UK": (C, N, attention.nope_dim), "W_UV": (C, N, h),
             "W_O": (N, h, D),
         }
@@ -50,8 +52,14 @@ def parameter_shapes(attention: AttentionConfig, model_dim: int) -> dict[str, tu
     return shapes | ({"S_v": (D, C)} if attention.kind == "mfa" else {"alpha": (C,), "N_kr": (C, C)})
 
 
+def _matrix_shapes(attention: AttentionConfig, model_dim: int) -> dict[str, tuple[int, ...]]:
+    """The parameters of one attention layer that a token is multiplied with: no norm, no alpha, no bias."""
+    shapes = parameter_shapes(attention, model_dim)
+    return {name: shape for name, shape in shapes.items() if len(shape) > 1 and not name.startswith("b_")}
+
+
 def attention_parameters(attention: AttentionConfig, model_dim: int) -> int:
-    """Parameters of one attention layer, norm scales and alpha included."""
+    """Parameters of one attention layer, norm scales, biases and alpha included."""
     return sum(math.prod(shape) for shape in parameter_shapes(attention, model_dim).values())
 
 
@@ -126,8 +134,8 @@ def projection_flops(attention: AttentionConfig, model_dim: int) -> int:
     Source: arXiv 2507.19427, table 2 ("linear before and after attention").
     """
     times = {"N_kr": attention.num_heads}
-    shapes = parameter_shapes(attention, model_dim)
-    return sum(2 * math.prod(shape) * times.get(name, 1) for name, shape in shapes.items() if len(shape) > 1)
+    shapes = _matrix_shapes(attention, model_dim)
+    return sum(2 * math.prod(shape) * times.get(name, 1) for name, shape in shapes.items())
 
 
 def training_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
@@ -146,7 +154,7 @@ def training_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
         widths = attention.nope_dim + attention.rope_dim + attention.value_dim
     else:
         widths = 2 * attention.latent_dim
-    matrices = sum(math.prod(s) for s in parameter_shapes(attention, D).values() if len(s) > 1)
+    matrices = sum(math.prod(shape) for shape in _matrix_shapes(attention, D).values())
     weights = model.num_layers * (matrices + 3 * D * model.ffn_dim) + model.vocab_size * D
     return 6 * weights + 3 * model.num_layers * attention.num_heads * widths * (sequence_length + 1)
 

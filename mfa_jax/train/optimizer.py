@@ -31,7 +31,8 @@ _MATRICES = {
     **{name: MuonDimensionNumbers((0, 1), 2) for name in ("W_O", "O")},
 }
 _RANK = {**{name: 2 for name in _MATRICES}, **{name: 3 for name in (
-    "W_Q", "W_K", "W_V", "W_UQ", "W_UK", "W_UV", "Q", "W_O", "O")}, "embed": 2, "unembed": 2, "scale": 1, "alpha": 1}
+    "W_Q", "W_K", "W_V", "W_UQ", "W_UK", "W_UV", "Q", "W_O", "O")}, "embed": 2, "unembed": 2, "scale": 1, "alpha": 1,
+         "b_Q": 2, "b_K": 2, "b_V": 2}
 _TABLES = ("embed", "unembed")
 
 
@@ -82,7 +83,7 @@ def _checked_name(path: tuple[Any, ...], leaf: Any) -> str:
 
 
 def decay_mask(config: OptimizerConfig, abstract_params: Any) -> Any:
-    """True where weight decay shrinks a parameter: every projection, the tables by choice, no norm, no `alpha`."""
+    """True where weight decay shrinks a parameter: every projection, the tables by choice, no norm, no bias, no `alpha`."""
     decayed = (*_MATRICES, *(_TABLES if config.decay_embeddings else ()))
     return jax.tree_util.tree_map_with_path(lambda p, x: _checked_name(p, x) in decayed, abstract_params)
 
