@@ -83,7 +83,7 @@ def _checked_name(path: tuple[Any, ...], leaf: Any) -> str:
 
 
 def decay_mask(config: OptimizerConfig, abstract_params: Any) -> Any:
-    """True where weight decay shrinks a parameter: every projection, the tables by choice, no norm, no bias, no `alpha`."""
+    """True where weight decay shrinks a parameter: projections, the tables by choice, no norm, bias or `alpha`."""
     decayed = (*_MATRICES, *(_TABLES if config.decay_embeddings else ()))
     return jax.tree_util.tree_map_with_path(lambda p, x: _checked_name(p, x) in decayed, abstract_params)
 
