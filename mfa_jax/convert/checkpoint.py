@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from mfa_jax import axes
 from mfa_jax.config import DType, GQAConfig, MFAConfig, ModelConfig, from_dict, load_json, require, to_json
 from mfa_jax.convert import dense, gguf_file, step3
+from mfa_jax.convert.files import appearing, require_free
 from mfa_jax.convert.tensors import Source, equal, open_tensors, read_part, shorten, write_tensors
 from mfa_jax.convert.tokenizer import save_tokenizer
 from mfa_jax.data import Tokenizer
@@ -108,8 +108,7 @@ def save_pretrained(
       NotImplementedError: a model that no architecture of public checkpoints computes, naming what could be done.
     """
     folder, dtype = Path(folder), dtype or config.param_dtype
-    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())), "folder", str(folder),
-            "must not exist yet, or be empty")
+    require_free(folder)
     require(dtype in _WRITTEN_TYPES, "dtype", dtype, f"must be one of {', '.join(_WRITTEN_TYPES)}")
     require(context_length >= 1, "context_length", context_length, "must be at least 1")
     if tokenizer is not None:
@@ -124,20 +123,11 @@ def save_pretrained(
         config, params = dataclasses.replace(config, tie_embeddings=False), {**params, "unembed": params["embed"]}
     tensors = _tensors(family.sources(config), nn.unbox(_boxed(config)), params)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with appearing(folder) as partial:
         write_tensors(partial, tensors, jnp.dtype(dtype), shard_bytes)
         if tokenizer is not None:
             values |= save_tokenizer(partial, tokenizer, context_length)
         (partial / CONFIG).write_text(to_json(values) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _default_model_type(config: ModelConfig) -> str:

@@ -156,7 +156,8 @@ def _config(reader: Any) -> dict[str, Any]:
     require("token_embd.weight" in names, "checkpoint", "token_embd.weight", "is missing from the file")
     return {
         "model_type": name, "num_key_value_heads": values["num_attention_heads"],
-        "use_sliding_window": "sliding_window" in values, **values, "vocab_size": int(names["token_embd.weight"].shape[1]),
+        "use_sliding_window": "sliding_window" in values, **values,
+        "vocab_size": int(names["token_embd.weight"].shape[1]),
         "tie_word_embeddings": "output.weight" not in names, "rope_scaling": _rope_scaling(reader, name),
     }
 
