@@ -175,9 +175,10 @@ def beside(left: np.ndarray, right: np.ndarray, axis: int = -1) -> np.ndarray:
 
 def factor_queries(W: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """`W [D, N, C]` as `S_q [D, rank]`, orthonormal columns, times `Q [rank, N, C]`: its largest directions."""
-    values, vectors = np.linalg.eigh(np.einsum("dnc,enc->de", W, W))
+    flat = W.reshape(len(W), -1)
+    values, vectors = np.linalg.eigh(flat @ flat.T)
     S_q = vectors[:, np.argsort(-values)[:rank]]
-    return S_q, np.einsum("dq,dnc->qnc", S_q, W)
+    return S_q, (S_q.T @ flat).reshape(rank, *W.shape[1:])
 
 
 def _factored(W: np.ndarray, attention: MFAConfig | MFAKRConfig) -> Layer:
