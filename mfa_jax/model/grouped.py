@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mfa_jax.kernels.calls import default_device
+
 IMPLEMENTATIONS = ("ragged_dot", "megablox", "megablox_interpret")
 
 
@@ -43,9 +45,9 @@ def grouped_matmul(
     Sums are float32, the result has the type of the rows. Rows past the last group give nothing to rely on.
 
     Raises:
-      ValueError, NotImplementedError: as `resolve`, for the default backend.
+      ValueError, NotImplementedError: as `resolve`, for the devices of the ambient mesh, else the default backend.
     """
-    name = resolve(implementation, jax.default_backend())
+    name = resolve(implementation, default_device().platform)
     if name == "ragged_dot":
         return jax.lax.ragged_dot(rows, weights, sizes)
     return _megablox(rows, weights, sizes, interpret=name == "megablox_interpret")
