@@ -4,7 +4,7 @@ Letters (einsum subscripts and shape annotations, upper case unless noted; a let
 
   B batch · T query positions · S cached positions · D model width · N query heads · K key heads · G = N/K ·
   H head width on the query-key side · h value width · C latent width · Q query rank · R rope width ·
-  F feed-forward width · V vocabulary · L layers
+  F feed-forward width · E experts · A experts of a token · V vocabulary · L layers
 
 Parameters name their axes with the fields of `AxisRules`; a name that is not a field, or two names of one array on
 one mesh axis, is an error. The scanned layer axis is never sharded: XLA's partitioner computes wrong gradients for
@@ -39,6 +39,7 @@ class AxisRules:
     latent: tuple[str, ...] | str | None = None
     query_rank: tuple[str, ...] | str | None = None
     ffn: tuple[str, ...] | str | None = "tensor"
+    experts: tuple[str, ...] | str | None = "expert"
     vocab: tuple[str, ...] | str | None = "tensor"
     layers: None = None
 

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "attention.mfa": _VARIANT,
     "attention.mfa_kr": _VARIANT | {"attention.mfa"},
     "circuits": {"config", "positions", "layers"},
-    "model": _MODEL,
+    "model": _MODEL | {"kernels"},
     "train": _USES_MODEL | {"train"},
     "generate": _USES_MODEL | {"generate"},
     "convert": _USES_MODEL | {"presets", "circuits", "train", "generate", "convert"},

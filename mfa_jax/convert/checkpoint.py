@@ -67,7 +67,7 @@ def load_pretrained(
         tensors = tensors or open_tensors(path, stack)
         mesh = mesh or axes.make_mesh((1,) * len(axes.MESH_AXES), jax.devices()[:1])
         boxed = _boxed(config)
-        table = _MODEL_TYPES[values["model_type"]].sources(config)
+        table = _MODEL_TYPES[values["model_type"]].sources(config, nn.unbox(boxed)["layers"])
         _check(tensors, table, nn.unbox(boxed))
         return config, jax.tree_util.tree_map_with_path(
             functools.partial(_load, tensors, table), nn.unbox(boxed), axes.shardings(boxed, mesh))
@@ -121,7 +121,8 @@ def save_pretrained(
     values = {**family.write_config(config, model_type, context_length), "torch_dtype": dtype}
     if family is step3 and config.tie_embeddings:
         config, params = dataclasses.replace(config, tie_embeddings=False), {**params, "unembed": params["embed"]}
-    tensors = _tensors(family.sources(config), nn.unbox(_boxed(config)), params)
+    abstract = nn.unbox(_boxed(config))
+    tensors = _tensors(family.sources(config, abstract["layers"]), abstract, params)
 
     with appearing(folder) as partial:
         write_tensors(partial, tensors, jnp.dtype(dtype), shard_bytes)

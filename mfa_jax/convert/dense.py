@@ -88,10 +88,12 @@ def write_config(config: ModelConfig, model_type: str, context_length: int) -> d
     """The `config.json` of a GQA model as one of `FAMILIES`; `read_config` makes the same model of it.
 
     Raises:
-      NotImplementedError: biases or norms that this family does not have, or lacks.
+      NotImplementedError: biases or norms that this family does not have, or lacks; experts.
     """
     family, attention = FAMILIES[model_type], config.attention
     assert isinstance(attention, GQAConfig)
+    if config.moe is not None:
+        raise NotImplementedError(f"moe: {family.architecture} is dense; decode this model with this library")
     for name in ("qkv_bias", "qk_norm"):
         if getattr(attention, name) != getattr(family, name):
             raise NotImplementedError(f"{name}={getattr(attention, name)}: {family.architecture} has "
@@ -112,8 +114,12 @@ def write_config(config: ModelConfig, model_type: str, context_length: int) -> d
     }
 
 
-def sources(config: ModelConfig) -> dict[str, Source]:
-    """Where each leaf of a GQA model lies: q_proj `[N H, D]` is `W_Q [D, N, H]`, merged as `((1, 2), (0,))`."""
+def sources(config: ModelConfig, layers: Any) -> dict[str, Source]:
+    """Where each leaf of a GQA model lies: q_proj `[N H, D]` is `W_Q [D, N, H]`, merged as `((1, 2), (0,))`.
+
+    Args:
+      layers: the (abstract) parameters `layers`; here, of equal blocks, nothing follows from them.
+    """
     attention, every = config.attention, tuple(range(config.num_layers))
     assert isinstance(attention, GQAConfig)
     table = table_sources(config) | norm_sources(every) | swiglu_sources("layers/ffn", "mlp", every)

@@ -196,6 +196,7 @@ def _require_plain(config: ModelConfig) -> GQAConfig:
     a = config.attention
     require(isinstance(a, GQAConfig), "attention", a.variant, "must be mha, gqa or mqa")
     assert isinstance(a, GQAConfig)
+    require(config.moe is None, "moe", "given", "must be none: only dense models can be converted")
     for name in ("qkv_bias", "qk_norm"):
         if getattr(a, name):
             raise NotImplementedError(f"{name}=True: MFA has no such thing, and no projection could take it up; only a "
