@@ -22,6 +22,7 @@ from mfa_jax.model.transformer import layer_frequencies
 
 Layer = dict[str, np.ndarray]
 """Attention parameters of one layer, float64."""
+INV_FREQ = "inv_freq"
 
 
 def gqa_to_mfa(
@@ -42,19 +43,19 @@ def gqa_to_mfa(
       ValueError: not a GQA model, or a rank that is not in 1 .. D.
       NotImplementedError: biases or norms of heads, which MFA has not.
     """
-    a = _require_plain(config)
+    a = require_plain(config)
     C = a.num_kv_heads * a.head_dim
-    attention = MFAConfig(num_heads=a.num_heads, latent_dim=C, query_rank=_rank(config, query_rank),
+    attention = MFAConfig(num_heads=a.num_heads, latent_dim=C, query_rank=rank_of(config, query_rank),
                           query_norm=query_norm, norm_eps=config.norm_eps)
-    frequencies = layer_frequencies(config)
-    rows = None if frequencies is None else np.repeat(np.asarray(frequencies), a.num_kv_heads, axis=1)
+    frequencies = frequencies_of(config)
 
-    def convert(layer: Layer, _: int) -> Layer:
-        return {**_factored(pack_queries(layer["W_Q"], a, C), attention),
+    def convert(layer: Layer, i: int) -> Layer:
+        turns = {} if frequencies is None else {INV_FREQ: np.repeat(frequencies[i], a.num_kv_heads)}
+        return {**turns, **factored(pack_queries(layer["W_Q"], a, C), attention),
                 "S_k": pack_keys(layer["W_K"]), "S_v": pack_values(layer["W_V"]),
                 "O": pack_outputs(layer["W_O"], a)}
 
-    return rebuilt(config, params, attention, rows, convert)
+    return rebuilt(config, params, attention, convert)
 
 
 def gqa_to_mfa_kr(
@@ -66,24 +67,24 @@ def gqa_to_mfa_kr(
     queries do not look at. `alpha` is one and `N_kr` zero, so that the value is the key, of which `O_n` reads the
     values' slots. Arguments and errors as in `gqa_to_mfa`.
     """
-    a = _require_plain(config)
+    a = require_plain(config)
     width = a.num_kv_heads * a.head_dim
     C = 2 * width
     require(width % 2 == 0, "num_kv_heads * head_dim", width, "must be even")
-    attention = MFAKRConfig(num_heads=a.num_heads, latent_dim=C, query_rank=_rank(config, query_rank),
+    attention = MFAKRConfig(num_heads=a.num_heads, latent_dim=C, query_rank=rank_of(config, query_rank),
                             query_norm=query_norm, norm_eps=config.norm_eps, alpha_init=1.0)
-    frequencies = layer_frequencies(config)
-    rows = None if frequencies is None else np.concatenate(
-        [np.repeat(np.asarray(frequencies), a.num_kv_heads, axis=1), np.zeros((config.num_layers, width // 2))], axis=1)
+    frequencies = frequencies_of(config)
 
-    def convert(layer: Layer, _: int) -> Layer:
+    def convert(layer: Layer, i: int) -> Layer:
+        turns = {} if frequencies is None else {
+            INV_FREQ: np.append(np.repeat(frequencies[i], a.num_kv_heads), np.zeros(width // 2))}
         queries = pack_queries(layer["W_Q"], a, C)
         outputs = pack_outputs(layer["W_O"], a)
-        return {**_factored(beside(queries, np.zeros_like(queries)), attention),
+        return {**turns, **factored(beside(queries, np.zeros_like(queries)), attention),
                 "S_k": beside(pack_keys(layer["W_K"]), pack_values(layer["W_V"])),
                 "O": beside(np.zeros_like(outputs), outputs, axis=1), "alpha": np.ones(C), "N_kr": np.zeros((C, C))}
 
-    return rebuilt(config, params, attention, rows, convert)
+    return rebuilt(config, params, attention, convert)
 
 
 def expand_key_reuse(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
@@ -109,29 +110,32 @@ def expand_key_reuse(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any
 
 
 def rebuilt(
-    config: ModelConfig, params: Any, attention: MFAConfig | MFAKRConfig, inv_freq: np.ndarray | None,
-    convert: Callable[[Layer, int], Layer],
+    config: ModelConfig, params: Any, attention: MFAConfig | MFAKRConfig, convert: Callable[[Layer, int], Layer]
 ) -> tuple[ModelConfig, Any]:
     """The model with other attention: `convert` is called layer by layer, in float64, with the norm's scale folded in.
 
     Args:
-      inv_freq: frequencies of each layer `[L, C / 2]`; None without rope.
-      convert: makes the new parameters of a layer from the old ones and its number.
+      convert: makes the new parameters of a layer, and with rope its frequencies `inv_freq [C / 2]`, from the old
+        parameters and the number of the layer.
     """
     found: list[Layer] = []
+    frequencies: list[tuple[float, ...]] = []
     for i in range(config.num_layers):
         scale = np.asarray(params["layers"]["attention_norm"]["scale"][i], np.float64)
         layer = {name: np.asarray(leaf[i], np.float64) for name, leaf in params["layers"]["attention"].items()}
         for name in ("W_Q", "W_K", "W_V"):
             layer[name] = layer[name] * scale[:, None, None]
-        found.append({name: leaf.astype(jnp.dtype(config.param_dtype)) for name, leaf in convert(layer, i).items()})
+        new = convert(layer, i)
+        if INV_FREQ in new:
+            frequencies.append(tuple(new.pop(INV_FREQ).astype(np.float32).tolist()))
+        found.append({name: leaf.astype(jnp.dtype(config.param_dtype)) for name, leaf in new.items()})
     stacked: dict[str, Any] = {name: np.stack([layer[name] for layer in found]) for name in found[0]}
     if attention.query_norm:
         stacked["q_norm"] = {"scale": np.ones((config.num_layers, attention.query_rank), config.param_dtype)}
     layers = {**params["layers"], "attention": stacked,
               "attention_norm": {"scale": np.ones((config.num_layers, config.model_dim), config.param_dtype)}}
-    table = None if inv_freq is None else tuple(tuple(float(f) for f in row) for row in inv_freq)
-    return dataclasses.replace(config, attention=attention, inv_freq=table), {**params, "layers": layers}
+    return dataclasses.replace(config, attention=attention, inv_freq=tuple(frequencies) or None), {
+        **params, "layers": layers}
 
 
 # ---- slots -----------------------------------------------------------------------------------------------------
@@ -181,18 +185,24 @@ def factor_queries(W: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     return S_q, (S_q.T @ flat).reshape(rank, *W.shape[1:])
 
 
-def _factored(W: np.ndarray, attention: MFAConfig | MFAKRConfig) -> Layer:
+def factored(W: np.ndarray, attention: MFAConfig | MFAKRConfig) -> Layer:
     S_q, Q = factor_queries(W, attention.query_rank)
     return {"S_q": S_q, "Q": Q}
 
 
-def _rank(config: ModelConfig, rank: int | None) -> int:
+def frequencies_of(config: ModelConfig) -> np.ndarray | None:
+    """Rope frequencies of each layer `[L, H / 2]`; None without rope."""
+    found = layer_frequencies(config)
+    return None if found is None else np.asarray(found)
+
+
+def rank_of(config: ModelConfig, rank: int | None) -> int:
     rank = config.model_dim if rank is None else rank
     require(1 <= rank <= config.model_dim, "query_rank", rank, f"must be in 1 .. {config.model_dim}")
     return rank
 
 
-def _require_plain(config: ModelConfig) -> GQAConfig:
+def require_plain(config: ModelConfig) -> GQAConfig:
     a = config.attention
     require(isinstance(a, GQAConfig), "attention", a.variant, "must be mha, gqa or mqa")
     assert isinstance(a, GQAConfig)
