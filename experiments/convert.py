@@ -1,7 +1,7 @@
 """A GQA checkpoint as MFA or MFA-KR, with as large a cache or a smaller one.
 
     python -m experiments.convert --from DIR --to mfa_kr --out runs/converted
-    python -m experiments.convert --from model.gguf --to mfa_kr --cache-ratio 1.5 --calibration a.txt --out runs/converted
+    python -m experiments.convert --from DIR --to mfa_kr --cache-ratio 1.5 --calibration FILE --out runs/smaller
 
 At ratio 1 the logits are the original's. Above, keys and values are reduced by what queries and outputs make of them on
 the calibration text, and the output projections refitted (`mfa_jax.convert.reduce`). What is written is the folder of a

@@ -42,7 +42,8 @@ def batches(x: np.ndarray) -> Iterator[slice]:
 @functools.partial(jax.jit, static_argnames="eps")
 def normed(x: Float[Array, "B T D"], eps: float) -> Float[Array, "B T D"]:
     """RMSNorm without its scale."""
-    return RMSNorm(eps).apply({"params": {"scale": jnp.ones(x.shape[-1])}}, x)
+    y: Any = RMSNorm(eps).apply({"params": {"scale": jnp.ones(x.shape[-1])}}, x)
+    return y
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -84,8 +85,9 @@ def heads(
 @functools.partial(jax.jit, static_argnames="config")
 def feed_forward(config: ModelConfig, params: Any, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """`x + ffn(norm(x))` of one layer."""
-    y = RMSNorm(config.norm_eps).apply({"params": params["ffn_norm"]}, x)
-    return x + SwiGLU(config.ffn_dim).apply({"params": params["ffn"]}, y)
+    y: Any = RMSNorm(config.norm_eps).apply({"params": params["ffn_norm"]}, x)
+    added: Any = SwiGLU(config.ffn_dim).apply({"params": params["ffn"]}, y)
+    return x + added
 
 
 def observe(

@@ -84,9 +84,9 @@ def reduce_gqa(
     require(2 <= width < full and width % 2 == 0, "width", width, f"must be even and in 2 .. {full - 1}")
     require(tokens.size >= 2 * a.num_heads * width, "calibration", tokens.size,
             f"must have at least 2 N C = {2 * a.num_heads * width} tokens")
-    kind = MFAConfig if target == "mfa" else MFAKRConfig
-    attention = kind(num_heads=a.num_heads, latent_dim=width, query_rank=config.model_dim, query_norm=False,
-                     norm_eps=config.norm_eps, **({} if target == "mfa" else {"alpha_init": 1.0}))
+    widths: dict[str, Any] = {"num_heads": a.num_heads, "latent_dim": width, "query_rank": config.model_dim,
+                              "query_norm": False, "norm_eps": config.norm_eps}
+    attention = MFAConfig(**widths) if target == "mfa" else MFAKRConfig(**widths, alpha_init=1.0)
     reducer = _Reducer(config, params, tokens, attention, ridge)
     new, converted = rebuilt(config, params, attention, reducer.convert)
     return new, converted, reducer.reports
