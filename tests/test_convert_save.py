@@ -14,9 +14,10 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file
 
+from experiments import export
 from mfa_jax import axes
 from mfa_jax.config import GQAConfig, PositionConfig, to_dict
-from mfa_jax.convert import checkpoint, load_pretrained, pretrained_tokenizer, save_pretrained
+from mfa_jax.convert import checkpoint, load_pretrained, pretrained_tokenizer, save_pretrained, save_run
 from mfa_jax.data import ByteTokenizer, load_tokenizer
 from tests.contract import ATTENTION, compiled, model_config
 from tests.test_convert_checkpoint import make_tensors, write
@@ -143,3 +144,13 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(tmp_path / "out", c.config, c.params, context_length=64)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_export_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    c = compiled(model_config("mfa", vocab_size=264))
+    save_run(tmp_path / "run", c.config, c.params, ByteTokenizer())
+    export.main(export.ExportConfig(str(tmp_path / "run"), str(tmp_path / "out"), context_length=64, dtype="float32"))
+    assert "step 0" in capsys.readouterr().out
+    config, params = load_pretrained(tmp_path / "out")
+    assert config.attention == c.config.attention
+    chex.assert_trees_all_equal(params["layers"], c.params["layers"])
