@@ -5,7 +5,8 @@
 
 At ratio 1 the logits are the original's. Above, keys and values are reduced by what queries and outputs make of them on
 the calibration text, and the output projections refitted (`mfa_jax.convert.reduce`). What is written is the folder of a
-run that has not been trained: `experiments.decode`, `experiments.check_parity` and `load_trained` read it.
+run that has not been trained: `experiments.decode`, `experiments.check_parity` and `load_trained` read it. Layers that
+are done are kept beside it, in `OUT.unfinished`, so that the same command goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -101,12 +103,20 @@ def calibration_rows(config: ConvertConfig, tokenizer: Tokenizer) -> np.ndarray:
 
 def convert(config: ConvertConfig, model: ModelConfig, params: Any, tokenizer: Tokenizer) -> tuple[
         ModelConfig, Any, list[LayerReport]]:
+    """The converted model; a conversion that was interrupted goes on."""
     if config.cache_ratio == 1:
         exact = gqa_to_mfa if config.to == "mfa" else gqa_to_mfa_kr
         return (*exact(model, params), [])
     width = width_of(model, config.to, config.cache_ratio)
     return reduce_gqa(model, params, calibration_rows(config, tokenizer), target=config.to, width=width,
-                      ridge=config.ridge)
+                      ridge=config.ridge, folder=unfinished(config.out), on_layer=lambda layer: print(
+                          f"layer {layer.layer + 1} of {model.num_layers}: misses {layer.refitted_error:.3f} of its "
+                          f"output's mean square", file=sys.stderr))
+
+
+def unfinished(out: str) -> Path:
+    """Where a conversion keeps the layers that are done."""
+    return Path(out).with_name(f"{Path(out).name}.unfinished")
 
 
 def main(config: ConvertConfig) -> None:
@@ -120,6 +130,7 @@ def main(config: ConvertConfig) -> None:
             f"must be at most the model's vocab_size={given.vocab_size}")
     found, converted, layers = convert(config, given, params, tokenizer)
     save_run(config.out, found, jax.tree.map(jnp.asarray, converted), tokenizer)
+    shutil.rmtree(unfinished(config.out), ignore_errors=True)
     if config.report:
         for layer in layers:
             print(json.dumps(dataclasses.asdict(layer)))

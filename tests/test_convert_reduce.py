@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +82,27 @@ def test_a_model_that_needs_less_loses_nothing() -> None:
         np.testing.assert_allclose(logits(config, converted, tokens()), expected, rtol=0, atol=1e-3)
 
 
+def test_an_interrupted_conversion_goes_on(tmp_path: Path) -> None:
+    c, text, seen = compiled(model_config("gqa")), np.asarray(TEXT), []
+
+    def convert(folder: Path | None, on_layer: Any = seen.append, ridge: float = 0.01) -> Any:
+        return reduce_gqa(c.config, c.params, text, target="mfa_kr", width=22, folder=folder, on_layer=on_layer,
+                          ridge=ridge)
+
+    def interrupt(report: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "half", interrupt)
+    with pytest.raises(ValueError, match="holds another conversion"):
+        convert(tmp_path / "half", ridge=0.02)
+    config, params, reports = convert(tmp_path / "half")
+    assert [report.layer for report in seen] == [1] and [report.layer for report in reports] == [0, 1]
+    whole = convert(None)
+    assert (config, reports) == (whole[0], whole[2])
+    chex.assert_trees_all_equal(params, whole[1])
+
+
 def test_the_script_on_a_trained_model(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its own stories: a third of the cache less costs little, and more than none."""
     stories = data_dir / "models" / "stories260K"
@@ -95,6 +117,7 @@ def test_the_script_on_a_trained_model(data_dir: Path, tmp_path: Path, capsys: p
         out = tmp_path / f"run{ratio}"
         main(ConvertConfig(out=str(out), cache_ratio=ratio, **options))
         *layers, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert not out.with_name(f"{out.name}.unfinished").exists()
         assert last["cache_ratio"] >= ratio and len(layers) == (0 if ratio == 1 else 5)
         trained = load_trained(out)
         assert trained.tokenizer.encode("Once").tolist() == pretrained_tokenizer(stories, "tok512.bin").encode(

@@ -21,16 +21,21 @@ Sources: the commuting maps are ours; TransMLA (Meng et al., arXiv 2502.07864) r
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
-from mfa_jax.config import MFAConfig, MFAKRConfig, ModelConfig, require
+from mfa_jax.config import MFAConfig, MFAKRConfig, ModelConfig, require, to_dict
 from mfa_jax.convert import activations
 from mfa_jax.convert.exact import INV_FREQ, Layer, beside, factor_queries, frequencies_of, rebuilt, require_plain
+from mfa_jax.convert.progress import Progress
 
-_PROBED_ROWS = 4
+_PROBED_ROWS = 2
 _SPLITS = 8
 
 
@@ -61,7 +66,7 @@ class LayerReport:
 
 def reduce_gqa(
     config: ModelConfig, params: Any, tokens: np.ndarray, *, target: Literal["mfa", "mfa_kr"], width: int,
-    ridge: float = 1e-2,
+    ridge: float = 1e-2, folder: Path | None = None, on_layer: Callable[[LayerReport], None] = lambda report: None,
 ) -> tuple[ModelConfig, Any, list[LayerReport]]:
     """A GQA model as MFA or MFA-KR with C = `width`: `2 C` or `C` cached elements a token and layer.
 
@@ -70,10 +75,12 @@ def reduce_gqa(
     Args:
       tokens: calibration text `[rows, T]`.
       ridge: of the refit, as a share of the mean square of the features.
+      folder: keeps what is done, layer by layer; the same call goes on with it after an interruption. None for none.
+      on_layer: is told of each layer.
 
     Raises:
-      ValueError: not a GQA model; a width that is odd or no reduction; a calibration text with fewer tokens than `O`
-        has rows.
+      ValueError: not a GQA model; a folder of another conversion; a width that is odd or no reduction; a calibration
+        text with fewer tokens than twice the rows of `O`.
       NotImplementedError: biases, norms of heads, or an encoding other than rope.
     """
     a = require_plain(config)
@@ -87,7 +94,12 @@ def reduce_gqa(
     widths: dict[str, Any] = {"num_heads": a.num_heads, "latent_dim": width, "query_rank": config.model_dim,
                               "query_norm": False, "norm_eps": config.norm_eps}
     attention = MFAConfig(**widths) if target == "mfa" else MFAKRConfig(**widths, alpha_init=1.0)
-    reducer = _Reducer(config, params, tokens, attention, ridge)
+    progress = None
+    if folder is not None:
+        digest = hashlib.sha256(tokens.tobytes() + np.asarray(params["embed"]).tobytes()).hexdigest()
+        progress = Progress(folder, {"config": to_dict(config), "attention": to_dict(attention), "ridge": ridge,
+                                     "tokens": list(tokens.shape), "digest": digest})
+    reducer = _Reducer(config, params, tokens, attention, ridge, progress, on_layer)
     new, converted = rebuilt(config, params, attention, reducer.convert)
     return new, converted, reducer.reports
 
@@ -96,7 +108,7 @@ class _Reducer:
     """The two streams, of the original and of the converted model, as the layers are converted in order."""
 
     def __init__(self, config: ModelConfig, params: Any, tokens: np.ndarray, attention: MFAConfig | MFAKRConfig,
-                 ridge: float) -> None:
+                 ridge: float, progress: Progress | None, on_layer: Callable[[LayerReport], None]) -> None:
         self.config, self.layers, self.attention, self.ridge = config, params["layers"], attention, ridge
         found = frequencies_of(config)
         assert found is not None
@@ -104,16 +116,33 @@ class _Reducer:
         self.original = np.asarray(params["embed"], np.float32)[tokens]
         self.converted = self.original.copy()
         self.reports: list[LayerReport] = []
+        self.progress, self.on_layer = progress, on_layer
+        if progress is not None and progress.layers:
+            state = progress.state()
+            self.original, self.converted = state["original"], state["converted"]
 
     def convert(self, layer: Layer, i: int) -> Layer:
-        """The new parameters of layer i; moves both streams past it."""
+        """The new parameters of layer i; moves both streams past it, or takes both from an earlier call."""
+        if self.progress is not None and i < self.progress.layers:
+            new = self.progress.layer(i)
+            self.reports.append(LayerReport(**json.loads(str(new.pop("report")))))
+            return new
+        new, report = self._convert(layer, i)
+        self.reports.append(report)
+        if self.progress is not None:
+            self.progress.save({**new, "report": np.array(json.dumps(dataclasses.asdict(report)))},
+                               {"original": self.original, "converted": self.converted})
+        self.on_layer(report)
+        return new
+
+    def _convert(self, layer: Layer, i: int) -> tuple[Layer, LayerReport]:
         single = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in layer.items()}
         moments, output = activations.observe(self.config, single, jnp.asarray(self.frequencies[i]), self.original)
         pairs = rank_keys(layer, self.frequencies[i], moments, self.original.shape[1])
         new = self._choose(layer, moments, pairs, output)
         self.original += output
         new["O"], before, after = self._refit(new, float(np.mean(np.square(output, dtype=np.float64))))
-        self.reports.append(LayerReport(i, int(2 * np.count_nonzero(new[INV_FREQ])), before, after))
+        report = LayerReport(i, int(2 * np.count_nonzero(new[INV_FREQ])), before, after)
         params = {name: {key: jnp.asarray(leaf[i]) for key, leaf in self.layers[name].items()}
                   for name in ("ffn", "ffn_norm")}
         for stream in (self.original, self.converted):
@@ -124,7 +153,7 @@ class _Reducer:
             del new["S_v"]
             C = self.attention.latent_dim
             new |= {"alpha": np.ones(C), "N_kr": np.zeros((C, C))}
-        return new
+        return new, report
 
     def _choose(self, layer: Layer, moments: activations.Moments, pairs: Keys, output: np.ndarray) -> Layer:
         C = self.attention.latent_dim
