@@ -29,7 +29,7 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 class AxisRules:
     """Mesh axes of each logical axis; the fields are the logical names."""
 
-    batch: tuple[str, ...] | str | None = ("data", "fsdp")
+    batch: tuple[str, ...] | None = ("data", "fsdp", "expert")
     sequence: tuple[str, ...] | str | None = None
     embed: tuple[str, ...] | str | None = "fsdp"
     act_embed: tuple[str, ...] | str | None = None

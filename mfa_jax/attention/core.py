@@ -31,7 +31,7 @@ DENSE_SCORES = 1024 * 1024
 """`auto` forms all scores at once up to this many (query, key) pairs."""
 DENSE_QUERIES_ON_CPU = 256
 """On CPU only up to this many queries: above, blocks that stay in its caches are faster."""
-_BATCH_AXES = ("data", "fsdp")
+_BATCH_AXES = ("data", "fsdp", "expert")
 _HEAD_AXES = ("tensor",)
 
 
@@ -196,8 +196,8 @@ def over_mesh(
 
     A kernel can't be partitioned by the compiler, and a loop over blocks would be given a collective per block for
     the gradient of a key that all heads share; so both run on local arrays, with one sum at the end. Rows are split
-    over `data` and `fsdp`, heads over `tensor`; where those do not divide them (one row on eight devices) they are left
-    out, and their devices compute the same. A single key head is on every device of `tensor`.
+    over `data`, `fsdp` and `expert`, heads over `tensor`; where those do not divide them (one row on eight devices)
+    they are left out, and their devices compute the same. A single key head is on every device of `tensor`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:

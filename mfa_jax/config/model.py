@@ -52,6 +52,8 @@ class ModelConfig:
     """What the tensor axis of a mesh splits of a cache; `kernels.sharded.choose` says what auto takes."""
     expert_implementation: Literal["auto", "ragged_dot", "megablox", "megablox_interpret"] = "auto"
     """Grouped matrix product of the experts, by name; auto resolves by device, `grouped.resolve` says to what."""
+    expert_exchange: Literal["auto", "ragged", "padded"] = "auto"
+    """How tokens travel over the mesh axis `expert`; auto resolves by device, `dispatch.resolve_exchange` says."""
     depth_scaled_init: bool = True
     """Projections into the residual stream start smaller by sqrt(2 L)."""
 

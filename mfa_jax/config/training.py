@@ -95,7 +95,7 @@ class MeshConfig:
     fsdp: int = 1
     """Shards of the parameters, each with its share of the batch."""
     expert: int = 1
-    """Shards of the experts (no use in a dense model)."""
+    """Shards of the experts, each with its share of the batch (in a dense model it acts as data)."""
     context: int = 1
     """Shards of the sequence."""
     tensor: int = 1

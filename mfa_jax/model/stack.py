@@ -50,8 +50,8 @@ class Block(nn.Module):
             normed, routing = RMSNorm(c.norm_eps, name="ffn_norm", **types)(x), None
             if self.has_experts:
                 assert c.moe is not None
-                y, routing = MoE(c.moe, out_scale=out_scale, implementation=c.expert_implementation, name="moe",
-                                 **types)(normed, segments)
+                y, routing = MoE(c.moe, out_scale=out_scale, implementation=c.expert_implementation,
+                                 exchange=c.expert_exchange, name="moe", **types)(normed, segments)
             else:
                 y = SwiGLU(c.ffn_dim, out_scale=out_scale, name="ffn", **types)(normed)
         return x + y, (cache, routing)

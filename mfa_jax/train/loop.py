@@ -142,11 +142,12 @@ def _open_data(config: TrainConfig, workdir: Path) -> tuple[Tokenizer, Prepared]
 
 
 def _require_divisible_batch(config: TrainConfig, mesh: Mesh) -> None:
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    split = {axis: mesh.shape[axis] for axis in axes.RULES.batch or ()}
+    shards = math.prod(split.values())
     part = config.data.batch_size // config.accumulate
     require(part % shards == 0, "data.batch_size", config.data.batch_size,
             f"each of accumulate={config.accumulate} parts has {part} rows; must be a multiple of the "
-            f"{shards} shards of mesh data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}")
+            f"{shards} shards of mesh {', '.join(f'{axis}={size}' for axis, size in split.items())}")
 
 
 def _require_same_run(config: TrainConfig, checkpoints: Checkpoints) -> None:

@@ -20,7 +20,7 @@ from mfa_jax.model.transformer import Transformer, unembedding
 from mfa_jax.train import experts
 from mfa_jax.train.optimizer import state_shardings
 
-BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+BATCH_SPEC = axes.RULES.spec("batch")
 
 
 class TrainState(NamedTuple):
