@@ -131,6 +131,15 @@ def cache_bytes_per_token(attention: AttentionConfig, num_layers: int, cache_dty
     return num_layers * cache_elements_per_token(attention) * CACHE_DTYPE_BYTES[cache_dtype]
 
 
+def sequence_exchange_bytes(model: ModelConfig, rows: int, length: int, shards: int, itemsize: int = 2) -> int:
+    """Bytes a device receives in a forward pass where `shards` devices split a sequence: what the others would cache.
+
+    `L B (T - T / X) e` elements, `e` as `cache_elements_per_token`. The backward pass sends as many gradients on.
+    """
+    others = rows * (length - length // shards)
+    return model.num_layers * others * cache_elements_per_token(model.attention) * itemsize
+
+
 # ---- FLOPs -----------------------------------------------------------------------------------------------------
 
 

@@ -24,9 +24,10 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mfa_jax.attention.blockwise import blockwise_attention
+from mfa_jax.attention.context import context_attention
 from mfa_jax.attention.library import cudnn_attention, splash_attention, tokamax_attention
 
-IMPLEMENTATIONS = ("dense", "blockwise", "splash", "cudnn", "tokamax")
+IMPLEMENTATIONS = ("dense", "blockwise", "splash", "cudnn", "tokamax", "context")
 DENSE_SCORES = 1024 * 1024
 """`auto` forms all scores at once up to this many (query, key) pairs."""
 DENSE_QUERIES_ON_CPU = 256
@@ -133,8 +134,8 @@ def _obstacle(
                                                      f"not {compute_capability}"),
         (offset, "knows no offset, it can't read a cache"),
         (T != S, f"needs as many keys as queries, not S={S} for T={T}"),
-        (alibi, "knows no ALiBi bias"),
-        (segments and name != "splash", "knows no segments"),
+        (alibi and name != "context", "knows no ALiBi bias"),
+        (segments and name not in ("splash", "context"), "knows no segments"),
         (name == "splash" and T % 128 != 0, f"needs T to be a multiple of 128, not {T}"),
         (name == "cudnn" and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16),
          f"needs bfloat16 or float16, not {jnp.dtype(dtype).name}"),
@@ -202,13 +203,7 @@ def over_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return attention(q, k, v, offset, segments, alibi_slopes)
-
-    def split(axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-        present = tuple(axis for axis in axes if axis in mesh.axis_names)
-        return present if size % math.prod(mesh.shape[axis] for axis in present) == 0 else None
-
-    rows, N, K = split(_BATCH_AXES, q.shape[0]), q.shape[2], k.shape[1]
-    heads = split(_HEAD_AXES, N if K == 1 else math.gcd(N, K))
+    K, (rows, heads) = k.shape[1], _split(q, k)
     keys = PartitionSpec(rows, None if K == 1 else heads)
     by_heads = PartitionSpec(rows, None, heads)
     specs = (by_heads, keys, keys, PartitionSpec(rows), PartitionSpec(rows), PartitionSpec(heads))
@@ -216,6 +211,23 @@ def over_mesh(
     return jax.shard_map(attention, in_specs=specs, out_specs=by_heads, check_vma=False)(
         q, k, v, offset, segments, alibi_slopes
     )
+
+
+def _split(q: Array, k: Array) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Axes of the ambient mesh that split rows and heads; None where they do not divide them."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def split(axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+        present = tuple(axis for axis in axes if axis in mesh.axis_names)
+        return present if size % math.prod(mesh.shape[axis] for axis in present) == 0 else None
+
+    N, K = q.shape[2], k.shape[1]
+    return split(_BATCH_AXES, q.shape[0]), split(_HEAD_AXES, N if K == 1 else math.gcd(N, K))
+
+
+def _context(q: Array, k: Array, v: Array, scale: float, offset: Any, segments: Any, slopes: Any) -> Array:
+    rows, heads = _split(q, k)
+    return context_attention(q, k, v, scale=scale, segments=segments, alibi_slopes=slopes, rows=rows, heads=heads)
 
 
 def _blockwise(q: Array, k: Array, v: Array, scale: float, offset: Any, segments: Any, slopes: Any) -> Array:
@@ -239,6 +251,7 @@ _SERVE: dict[str, Callable[..., Array]] = {
     "splash": _splash,
     "cudnn": lambda q, k, v, scale, *_: cudnn_attention(q, k, v, scale=scale),
     "tokamax": lambda q, k, v, scale, *_: tokamax_attention(q, k, v, scale=scale),
+    "context": _context,
 }
 
 

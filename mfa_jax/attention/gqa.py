@@ -57,7 +57,7 @@ class GQA(nn.Module):
         q = encoding.rotate(to_heads(x, W_Q), positions, head_axis=2)
         k = encoding.rotate(to_heads(x, W_K).swapaxes(1, 2), positions, head_axis=1)
         v = to_heads(x, W_V).swapaxes(1, 2)
-        q = constrain(q, "batch", None, "heads", None)
+        q = constrain(q, "batch", "sequence", "heads", None)
         options: dict[str, Any] = {"scale": H**-0.5, "alibi_slopes": encoding.slopes, "segments": segments}
         if cache is None:
             o = attend(q, k, v, implementation=self.implementation, **options)

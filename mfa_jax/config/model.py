@@ -44,8 +44,9 @@ class ModelConfig:
     """What parameters are stored in."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, everything in a block."""
-    attention_implementation: Literal["auto", "dense", "blockwise", "splash", "cudnn", "tokamax"] = "auto"
-    """Attention for training and prefill, by name; auto resolves by device and size, `core.resolve` says to what."""
+    attention_implementation: Literal["auto", "dense", "blockwise", "splash", "cudnn", "tokamax", "context"] = "auto"
+    """Attention for training and prefill, by name; auto resolves by device and size, `core.resolve` says to what.
+    Training on a mesh that splits the sequence takes `context` for auto."""
     decode_implementation: Literal["auto", "reference", "xla", "mosaic_tpu", "mosaic_tpu_interpret"] = "auto"
     """Attention of decoding, by name; auto resolves by device and shape, `kernels.resolve` says to what."""
     decode_layout: Literal["auto", "heads", "batch", "sequence"] = "auto"

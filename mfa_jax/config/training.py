@@ -97,7 +97,7 @@ class MeshConfig:
     expert: int = 1
     """Shards of the experts, each with its share of the batch (in a dense model it acts as data)."""
     context: int = 1
-    """Shards of the sequence."""
+    """Shards of the sequence; 2 context must divide it."""
     tensor: int = 1
     """Shards of heads, feed-forward and vocabulary."""
 

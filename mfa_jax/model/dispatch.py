@@ -191,8 +191,8 @@ def experts_over_mesh(
 ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
     """`routed_experts` of each device's own rows, where a mesh is set; a sort is not for the partitioner, nor a kernel.
 
-    Rows are split over those of `data`, `fsdp` and `expert` that divide them, in this order; the devices of the others
-    hold the same rows and compute the same.
+    Rows are split over those of `data`, `fsdp` and `expert` that divide them, in this order, and the sequence over
+    `context` where that divides it; the devices of the others hold the same tokens and compute the same.
     """
     def local(x: Array, chosen: Array, weights: Array, experts: Any, exchange: str | None) -> tuple[Array, Array]:
         flat_x, flat_chosen, flat_weights = (v.reshape(-1, v.shape[-1]) for v in (x, chosen, weights))
@@ -207,13 +207,15 @@ def experts_over_mesh(
     for axis in RULES.batch or ():
         if left % mesh.shape[axis] == 0:
             rows, left = (*rows, axis), left // mesh.shape[axis]
+    sequence = "context" if x.shape[1] % mesh.shape["context"] == 0 else None
+    spread = rows if sequence is None else (*rows, sequence)
     way = resolve_exchange(exchange, default_device().platform) if mesh.shape[AXIS] > 1 else None
 
     def summed(x: Array, chosen: Array, weights: Array, experts: Any) -> tuple[Array, Array]:
         y, served = local(x, chosen, weights, experts, way)
-        return lax.psum(y, "tensor"), lax.psum(served, rows) if rows else served
+        return lax.psum(y, "tensor"), lax.psum(served, spread) if spread else served
 
-    by_rows, whole = PartitionSpec(rows or None), PartitionSpec()
+    by_rows, whole = PartitionSpec(rows or None, sequence), PartitionSpec()
     widen, narrow = PartitionSpec(AXIS, None, RULES.ffn), PartitionSpec(AXIS, RULES.ffn, None)
     # Without the check of replication, which the kernels do not carry.
     return jax.shard_map(

@@ -74,7 +74,7 @@ class MoE(nn.Module):
         )
         with jax.named_scope("router"):
             logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
-            chosen, weights, scores = route(constrain(logits, "batch", None, None), bias, c)
+            chosen, weights, scores = route(constrain(logits, "batch", "sequence", None), bias, c)
         with jax.named_scope("experts"):
             y, served = experts_over_mesh(x, chosen, weights.astype(self.dtype), experts, self.implementation,
                                           self.exchange)

@@ -38,7 +38,7 @@ class Block(nn.Module):
         c = self.config
         types: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         out_scale = (2 * c.num_layers) ** -0.5 if c.depth_scaled_init else 1.0
-        x = constrain(x, "batch", None, "act_embed")
+        x = constrain(x, "batch", "sequence", "act_embed")
         with jax.named_scope(c.attention.variant):
             serving = attention.Serving(c.decode_implementation, c.attention_implementation, c.decode_layout)
             mixer = attention.build(c.attention, c.position, implementation=c.attention_implementation, serving=serving,
