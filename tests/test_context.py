@@ -75,7 +75,8 @@ def test_attention_and_its_gradients_equal_those_of_one_device(key_heads: int, a
 
 def test_without_a_mesh_it_is_refused() -> None:
     q = jnp.ones((1, 4, 2, 8))
-    with pytest.raises(NotImplementedError, match="'context': needs a mesh whose axis context splits the sequence"):
+    message = "'context': needs a mesh whose axis context splits the sequence; use one of auto, dense, blockwise"
+    with pytest.raises(NotImplementedError, match=message):
         attend(q, q[:, :, 0], q[:, :, 0], scale=1.0, implementation="context")
 
 

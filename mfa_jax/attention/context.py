@@ -42,6 +42,12 @@ def _chunks(shards: int) -> np.ndarray:
     return np.stack([first, 2 * shards - 1 - first], axis=1).reshape(-1)
 
 
+def splits_sequence() -> bool:
+    """Whether there is a mesh whose axis `context` is more than one device, and we are not inside a `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape.get(AXIS, 1) > 1 and AxisType.Manual not in mesh.axis_types
+
+
 def context_attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T h"], *, scale: float,
     segments: Int[Array, "B T"] | None, alibi_slopes: Float[Array, " N"] | None, rows: tuple[str, ...] | None,
@@ -54,13 +60,8 @@ def context_attention(
 
     Raises:
       ValueError: as `zigzag`.
-      NotImplementedError: no mesh whose axis `context` splits anything, or inside another `shard_map`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape.get(AXIS, 1) == 1 or AxisType.Manual in mesh.axis_types:
-        raise NotImplementedError(f"attention_implementation='context': needs a mesh whose axis {AXIS} splits the "
-                                  f"sequence; use auto")
-    shards = mesh.shape[AXIS]
+    shards = jax.sharding.get_abstract_mesh().shape[AXIS]
     zigzag(q.shape[1], shards)
     local = partial(_local, scale=scale, shards=shards)
     keys = P(rows, None if k.shape[1] == 1 else heads)

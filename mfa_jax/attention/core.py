@@ -24,7 +24,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mfa_jax.attention.blockwise import blockwise_attention
-from mfa_jax.attention.context import context_attention
+from mfa_jax.attention.context import context_attention, splits_sequence
 from mfa_jax.attention.library import cudnn_attention, splash_attention, tokamax_attention
 
 IMPLEMENTATIONS = ("dense", "blockwise", "splash", "cudnn", "tokamax", "context")
@@ -132,6 +132,7 @@ def _obstacle(
         (name == "cudnn" and platform != "gpu", f"runs on gpu, not on {platform}"),
         (name == "cudnn" and compute_capability < 8, "needs an NVIDIA GPU of compute capability 8.0 or newer, "
                                                      f"not {compute_capability}"),
+        (name == "context" and not splits_sequence(), "needs a mesh whose axis context splits the sequence"),
         (offset, "knows no offset, it can't read a cache"),
         (T != S, f"needs as many keys as queries, not S={S} for T={T}"),
         (alibi and name != "context", "knows no ALiBi bias"),

@@ -102,11 +102,9 @@ def _split_sequence(model: Transformer, batch: Any) -> tuple[Transformer, Any]:
 
     Nothing but attention asks where a token stands; its position and segment travel with it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else mesh.shape["context"]
-    if shards == 1 or model.config.attention_implementation not in ("auto", "context"):
+    if not context.splits_sequence() or model.config.attention_implementation not in ("auto", "context"):
         return model, batch
-    order = context.zigzag(batch["inputs"].shape[1], shards)
+    order = context.zigzag(batch["inputs"].shape[1], jax.sharding.get_abstract_mesh().shape["context"])
     batch = {name: axes.constrain(x[:, order], "batch", "sequence") for name, x in batch.items()}
     return Transformer(dataclasses.replace(model.config, attention_implementation="context")), batch
 
