@@ -37,18 +37,15 @@ def parameter_shapes(attention: AttentionConfig, model_dim: int) -> dict[str, tu
     C = attention.latent_dim
     if isinstance(attention, MLAConfig):
         R, h, H = attention.rope_dim, attention.value_dim, attention.nope_dim + attention.rope_dim
-        shapes = {
-            "W_DKV": (D, C), "W_KR": (D, R), "kv_norm": (C,), "W_UK": (C, N, attention.nope_dim), "W_UV": (C, N, h),
-            "W_O": (N, h, D),
-        }
+        shapes = {"W_DKV": (D, C), "W_KR": (D, R), "kv_norm": (C,), "W_UK": (C, N, attention.nope_dim),
+                  "W_UV": (C, N, h), "W_O": (N, h, D)}
         if attention.query_rank is None:
             return shapes | {"W_Q": (D, N, H)}
         Q = attention.query_rank
         return shapes | {"W_DQ": (D, Q), "q_norm": (Q,), "W_UQ": (Q, N, H)}
     Q = attention.query_rank
     shapes = {"S_q": (D, Q), "Q": (Q, N, C), "S_k": (D, C), "O": (N, C, D)}
-    if attention.query_norm:
-        shapes["q_norm"] = (Q,)
+    shapes |= {"q_norm": (Q,)} if attention.query_norm else {}
     return shapes | ({"S_v": (D, C)} if attention.kind == "mfa" else {"alpha": (C,), "N_kr": (C, C)})
 
 
@@ -139,6 +136,15 @@ def cache_bytes_per_token(attention: AttentionConfig, num_layers: int, cache_dty
     return num_layers * cache_elements_per_token(attention) * CACHE_DTYPE_BYTES[cache_dtype]
 
 
+def sequence_exchange_bytes(model: ModelConfig, rows: int, length: int, shards: int, itemsize: int = 2) -> int:
+    """Bytes a device receives in a forward pass where `shards` devices split a sequence: what the others would cache.
+
+    `L B (T - T / X) e` elements, `e` as `cache_elements_per_token`. The backward pass sends as many gradients on.
+    """
+    others = rows * (length - length // shards)
+    return model.num_layers * others * cache_elements_per_token(model.attention) * itemsize
+
+
 # ---- FLOPs -----------------------------------------------------------------------------------------------------
 
 
@@ -148,12 +154,8 @@ def attention_flops(attention: AttentionConfig, context: int) -> int:
     `W` is the width of the cached row that a head reads: `H` (MHA, GQA, MQA), `C + R` (MLA), `C` (MFA, MFA-KR).
     Source: arXiv 2507.19427, tables 2 and 3 ("attention computation without linear projections").
     """
-    if isinstance(attention, GQAConfig):
-        width = attention.head_dim
-    elif isinstance(attention, MLAConfig):
-        width = attention.latent_dim + attention.rope_dim
-    else:
-        width = attention.latent_dim
+    rope = attention.rope_dim if isinstance(attention, MLAConfig) else 0
+    width = attention.head_dim if isinstance(attention, GQAConfig) else attention.latent_dim + rope
     return 4 * attention.num_heads * width * context
 
 

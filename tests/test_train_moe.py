@@ -15,10 +15,13 @@ import pytest
 from mfa_jax import axes
 from mfa_jax.config import DataConfig, MeshConfig, MoEConfig, OptimizerConfig, TrainConfig, from_dict
 from mfa_jax.layers import at_path, stacked_blocks
+from mfa_jax.model.transformer import Transformer
 from mfa_jax.train import run
 from mfa_jax.train.loop import train
+from mfa_jax.train.optimizer import make_optimizer, make_schedule
+from mfa_jax.train.step import BATCH_SPEC, create_state, make_train_step, state_layout
 from tests.contract import model_config
-from tests.test_train import one_step
+from tests.test_train import one_step, synthetic_batch
 
 ONE = MeshConfig(data=1)
 MOE = MoEConfig(num_experts=8, experts_per_token=2, expert_dim=16, shared_dim=8, layers=(1, 2), balance_loss=0.01,
@@ -54,8 +57,8 @@ def assert_same_step(found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "over"), [
     (MeshConfig(data=2, fsdp=2, tensor=2), "batch"), (MeshConfig(data=1, fsdp=2, expert=4), "sequence"),
-    (MeshConfig(data=2, expert=2, tensor=2), "batch"),
-], ids=["data-fsdp-tensor", "fsdp-expert", "data-expert-tensor"])
+    (MeshConfig(data=2, expert=2, tensor=2), "batch"), (MeshConfig(data=1, expert=8), "sequence"),
+], ids=["data-fsdp-tensor", "fsdp-expert", "data-expert-tensor", "expert"])
 def test_a_sharded_step_equals_that_of_one_device(mesh: MeshConfig, over: str, tmp_path: Path) -> None:
     moe = dataclasses.replace(MOE, balance_over=over)
     single = one_step(config_for(tmp_path, moe), 1)
@@ -63,6 +66,51 @@ def test_a_sharded_step_equals_that_of_one_device(mesh: MeshConfig, over: str, t
     assert_same_step(sharded, single)
     split = sharded[0].params["layers"]["segment_1"]["block_0"]["moe"]["experts_up"]
     assert split.addressable_shards[0].data.size * mesh.fsdp * mesh.expert * mesh.tensor == split.size
+
+
+STEPS = 20
+
+
+def losses(config: TrainConfig, devices: int) -> list[float]:
+    """Of 20 steps of AdamW on four batches in turn, on a mesh of so many devices; one compilation."""
+    mesh = axes.make_mesh(dataclasses.astuple(config.mesh), jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        model = Transformer(config.model)
+        optimizer = make_optimizer(config.optimizer, config.steps, run.abstract_params(model, mesh))
+        layout = state_layout(config, model, optimizer, mesh)
+        state = create_state(config, model, optimizer, layout)
+        step = jax.jit(make_train_step(config, model, optimizer, make_schedule(config.optimizer, config.steps)),
+                       donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, layout), None))
+        where, found = jax.sharding.NamedSharding(mesh, BATCH_SPEC), []
+        for i in range(STEPS):
+            batch = jax.device_put(synthetic_batch(config, seed=i % 4), where)
+            state, metrics = step(state, batch)
+            found.append(float(metrics["loss"]))
+            assert int(metrics.get("dropped_tokens", 0)) == 0
+    return found
+
+
+def curve_config(workdir: Path, **changes: object) -> TrainConfig:
+    optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=5)
+    return config_for(workdir, optimizer=optimizer, steps=STEPS, **changes)
+
+
+@pytest.fixture(scope="module")
+def curve_of_one_device(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    found = losses(curve_config(tmp_path_factory.mktemp("one")), 1)
+    assert found[-1] < found[0] - 0.1
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [
+    MeshConfig(data=1, expert=8), MeshConfig(data=2, expert=4), MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(data=1, expert=4, tensor=2),
+], ids=lambda mesh: "-".join(f"{axis}{size}" for axis, size in dataclasses.asdict(mesh).items() if size > 1))
+def test_twenty_steps_over_the_axis_of_experts(
+    mesh: MeshConfig, curve_of_one_device: list[float], tmp_path: Path
+) -> None:
+    np.testing.assert_allclose(losses(curve_config(tmp_path, mesh=mesh), 8), curve_of_one_device, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

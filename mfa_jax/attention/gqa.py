@@ -61,7 +61,7 @@ class GQA(nn.Module):
             q, k = (RMSNorm(self.config.norm_eps, axis="head_dim", name=name, **types)(y)
                     for name, y in (("q_norm", q), ("k_norm", k)))
         encoding = Encoding(self.position, H, N, inv_freq)
-        q = constrain(encoding.rotate(q, positions, head_axis=2), "batch", None, "heads", None)
+        q = constrain(encoding.rotate(q, positions, head_axis=2), "batch", "sequence", "heads", None)
         k, v = encoding.rotate(k.swapaxes(1, 2), positions, head_axis=1), v.swapaxes(1, 2)
         options: dict[str, Any] = {"scale": H**-0.5, "alibi_slopes": encoding.slopes, "segments": segments}
         if cache is None:

@@ -44,14 +44,17 @@ class ModelConfig:
     """What parameters are stored in."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, everything in a block."""
-    attention_implementation: Literal["auto", "dense", "blockwise", "splash", "cudnn", "tokamax"] = "auto"
-    """Attention for training and prefill, by name; auto resolves by device and size, `core.resolve` says to what."""
+    attention_implementation: Literal["auto", "dense", "blockwise", "splash", "cudnn", "tokamax", "context"] = "auto"
+    """Attention for training and prefill, by name; auto resolves by device and size, `core.resolve` says to what.
+    Training on a mesh that splits the sequence takes `context` for auto."""
     decode_implementation: Literal["auto", "reference", "xla", "mosaic_tpu", "mosaic_tpu_interpret"] = "auto"
     """Attention of decoding, by name; auto resolves by device and shape, `kernels.resolve` says to what."""
     decode_layout: Literal["auto", "heads", "batch", "sequence"] = "auto"
     """What the tensor axis of a mesh splits of a cache; `kernels.sharded.choose` says what auto takes."""
     expert_implementation: Literal["auto", "ragged_dot", "megablox", "megablox_interpret"] = "auto"
     """Grouped matrix product of the experts, by name; auto resolves by device, `grouped.resolve` says to what."""
+    expert_exchange: Literal["auto", "ragged", "padded"] = "auto"
+    """How tokens travel over the mesh axis `expert`; auto resolves by device, `dispatch.resolve_exchange` says."""
     depth_scaled_init: bool = True
     """Projections into the residual stream start smaller by sqrt(2 L)."""
 

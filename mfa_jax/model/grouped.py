@@ -42,7 +42,7 @@ def grouped_matmul(
 ) -> Float[Array, "M F"]:
     """`y_m = x_m W_e(m)`: the first `sizes[0]` rows meet expert 0, the next `sizes[1]` expert 1, and so on.
 
-    Sums are float32, the result has the type of the rows. Rows past the last group give nothing to rely on.
+    Sums are float32, the result has the type of the rows. Rows past the last group give zeros.
 
     Raises:
       ValueError, NotImplementedError: as `resolve`, for the devices of the ambient mesh, else the default backend.
@@ -60,8 +60,11 @@ def _megablox(rows: Array, weights: Array, sizes: Array, *, interpret: bool) -> 
     product: Any = gmm
     count, (_, inner, outer) = len(rows), weights.shape
     tiling = _tiling(count, inner, outer, rows.dtype.itemsize)
-    padded = jnp.pad(rows, ((0, -count % tiling[0]), (0, 0)))
-    return product(padded, weights, sizes, rows.dtype, tiling, None, None, False, interpret)[:count]
+    # The kernels leave rows past the last group as memory was, in results and in gradients: NaN, if need be.
+    served = (jnp.arange(count) < jnp.sum(sizes))[:, None]
+    padded = jnp.pad(jnp.where(served, rows, 0), ((0, -count % tiling[0]), (0, 0)))
+    out = product(padded, weights, sizes, rows.dtype, tiling, None, None, False, interpret)
+    return jnp.where(served, out[:count], 0)
 
 
 def _tiling(rows: int, inner: int, outer: int, itemsize: int) -> tuple[int, int, int]:

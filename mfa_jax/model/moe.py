@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from mfa_jax.axes import RULES, constrain
+from mfa_jax.axes import constrain
 from mfa_jax.config import MoEConfig
 from mfa_jax.layers import partitioned, weight
-from mfa_jax.model.grouped import grouped_matmul
+from mfa_jax.model.dispatch import experts_over_mesh
 from mfa_jax.model.layers import SwiGLU
 
 
@@ -46,8 +43,7 @@ class MoE(nn.Module):
     SwiGLU's; and with `bias_update_rate` `router_bias [E]`, float32, zero at the start, which has no gradient:
     `updated_bias` moves it. Matrices start normal with variance 1 / fan-in, `out_scale` multiplies `experts_down`.
 
-    On a mesh each device keeps its own rows and sorts them alone, experts are gathered over `fsdp` and `expert`, and
-    `tensor` splits F.
+    On a mesh `expert` splits the experts and, beside `data` and `fsdp`, the rows; see `dispatch`.
     """
 
     config: MoEConfig
@@ -55,6 +51,7 @@ class MoE(nn.Module):
     param_dtype: Any = jnp.float32
     out_scale: float = 1.0
     implementation: str = "auto"
+    exchange: str = "auto"
 
     @nn.compact
     def __call__(
@@ -77,9 +74,10 @@ class MoE(nn.Module):
         )
         with jax.named_scope("router"):
             logits = jnp.einsum("BTD,DE->BTE", x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
-            chosen, weights, scores = route(constrain(logits, "batch", None, None), bias, c)
+            chosen, weights, scores = route(constrain(logits, "batch", "sequence", None), bias, c)
         with jax.named_scope("experts"):
-            y, served = _over_mesh(x, chosen, weights.astype(self.dtype), experts, self.implementation)
+            y, served = experts_over_mesh(x, chosen, weights.astype(self.dtype), experts, self.implementation,
+                                          self.exchange)
         if c.shared_dim:
             y = y + SwiGLU(c.shared_dim, out_scale=self.out_scale, name="shared", **types)(x)
         counted = jnp.ones(x.shape[:2], bool) if segments is None else segments != 0
@@ -130,77 +128,3 @@ def updated_bias(bias: Float[Array, "*L E"], counts: Int[Array, "*L E"], rate: f
     """
     load = counts.astype(jnp.float32)
     return bias + rate * jnp.sign(jnp.mean(load, axis=-1, keepdims=True) - load)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def take_rows(
-    x: Float[Array, "M D"], order: Int[Array, " P"], inverse: Int[Array, " P"], repeats: int
-) -> Float[Array, "P D"]:
-    """Rows of `x`, each `repeats` times, in another order: `y_p = x[order_p // repeats]`, `P = M repeats`.
-
-    Args:
-      order: a permutation of 0 .. P - 1.
-      inverse: its inverse; by it the gradient is a gather and a sum, where that of plain indexing is a scatter.
-    """
-    return x[order // repeats]
-
-
-def _take_rows_forward(x: Array, order: Array, inverse: Array, repeats: int) -> tuple[Array, Array]:
-    return take_rows(x, order, inverse, repeats), inverse
-
-
-def _take_rows_backward(repeats: int, inverse: Array, gradient: Array) -> tuple[Array, None, None]:
-    return jnp.sum(gradient[inverse].reshape(-1, repeats, gradient.shape[-1]), axis=1), None, None
-
-
-take_rows.defvjp(_take_rows_forward, _take_rows_backward)
-
-
-def routed_experts(
-    x: Float[Array, "M D"], chosen: Int[Array, "M A"], weights: Float[Array, "M A"],
-    experts: tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]], implementation: str = "auto",
-) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
-    """`y_m = sum_a weights_ma expert_chosen_ma(x_m)`, and how many of the M A choices an expert served (all)."""
-    W_gate, W_up, W_down = experts
-    flat = chosen.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype), unique_indices=True)
-    sizes = jnp.bincount(flat, length=len(W_gate)).astype(jnp.int32)
-    product = functools.partial(grouped_matmul, sizes=sizes, implementation=implementation)
-    rows = take_rows(x, order, inverse, chosen.shape[1])
-    hidden = jax.nn.silu(product(rows, W_gate)) * product(rows, W_up)
-    out = take_rows(product(hidden, W_down), inverse, order, 1).reshape(*chosen.shape, x.shape[-1])
-    y = jnp.einsum("MAD,MA->MD", out, weights, preferred_element_type=jnp.float32).astype(x.dtype)
-    return y, jnp.sum(sizes)
-
-
-def _over_mesh(
-    x: Float[Array, "B T D"], chosen: Int[Array, "B T A"], weights: Float[Array, "B T A"], experts: Any,
-    implementation: str,
-) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
-    """`routed_experts` of each device's own rows: a sort is not to be partitioned, nor is a kernel.
-
-    Rows are split over `data` and `fsdp` where those divide them, else their devices compute the same.
-    """
-    def local(x: Array, chosen: Array, weights: Array, experts: Any) -> tuple[Array, Array]:
-        flat_x, flat_chosen, flat_weights = (v.reshape(-1, v.shape[-1]) for v in (x, chosen, weights))
-        y, served = routed_experts(flat_x, flat_chosen, flat_weights, experts, implementation)
-        return y.reshape(x.shape), served
-
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
-        return local(x, chosen, weights, experts)
-    rows = tuple(RULES.batch or ())
-    if x.shape[0] % math.prod(mesh.shape[axis] for axis in rows):
-        rows = ()
-
-    def summed(x: Array, chosen: Array, weights: Array, experts: Any) -> tuple[Array, Array]:
-        y, served = local(x, chosen, weights, experts)
-        return jax.lax.psum(y, "tensor"), jax.lax.psum(served, rows) if rows else served
-
-    by_rows, whole = PartitionSpec(rows or None), PartitionSpec()
-    widen, narrow = PartitionSpec(None, None, RULES.ffn), PartitionSpec(None, RULES.ffn, None)
-    # Without the check of replication, which the kernels do not carry.
-    return jax.shard_map(
-        summed, in_specs=(by_rows, by_rows, by_rows, (widen, widen, narrow)), out_specs=(by_rows, whole),
-        check_vma=False)(x, chosen, weights, experts)

@@ -38,7 +38,7 @@ class Block(nn.Module):
         c = self.config
         types: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         out_scale = (2 * c.num_layers) ** -0.5 if c.depth_scaled_init else 1.0
-        x = constrain(x, "batch", None, "act_embed")
+        x = constrain(x, "batch", "sequence", "act_embed")
         with jax.named_scope(c.attention.variant):
             serving = attention.Serving(c.decode_implementation, c.attention_implementation, c.decode_layout)
             mixer = attention.build(c.attention, c.position, implementation=c.attention_implementation, serving=serving,
@@ -50,8 +50,8 @@ class Block(nn.Module):
             normed, routing = RMSNorm(c.norm_eps, name="ffn_norm", **types)(x), None
             if self.has_experts:
                 assert c.moe is not None
-                y, routing = MoE(c.moe, out_scale=out_scale, implementation=c.expert_implementation, name="moe",
-                                 **types)(normed, segments)
+                y, routing = MoE(c.moe, out_scale=out_scale, implementation=c.expert_implementation,
+                                 exchange=c.expert_exchange, name="moe", **types)(normed, segments)
             else:
                 y = SwiGLU(c.ffn_dim, out_scale=out_scale, name="ffn", **types)(normed)
         return x + y, (cache, routing)

@@ -100,7 +100,7 @@ class Transformer(nn.Module):
                 routings += [] if layer_routing is None else [layer_routing]
             cache = None if cache is None else tuple(caches)
             routing = jax.tree.map(lambda *rows: jnp.stack(rows), *routings) if routings else None
-        return self.final_norm(constrain(x, "batch", None, "act_embed")), cache, routing
+        return self.final_norm(constrain(x, "batch", "sequence", "act_embed")), cache, routing
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits of normed states."""

@@ -72,6 +72,7 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
     """
     mesh = axes.make_mesh(dataclasses.astuple(config.mesh), devices)
     _require_divisible_batch(config, mesh)
+    _require_divisible_sequence(config, mesh)
     workdir = Path(config.workdir)
     checkpoints = Checkpoints(workdir / run.CHECKPOINTS, keep_last=config.keep_checkpoints)
     with checkpoints, jax.set_mesh(mesh):
@@ -142,11 +143,18 @@ def _open_data(config: TrainConfig, workdir: Path) -> tuple[Tokenizer, Prepared]
 
 
 def _require_divisible_batch(config: TrainConfig, mesh: Mesh) -> None:
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    split = {axis: mesh.shape[axis] for axis in axes.RULES.batch or ()}
+    shards = math.prod(split.values())
     part = config.data.batch_size // config.accumulate
     require(part % shards == 0, "data.batch_size", config.data.batch_size,
             f"each of accumulate={config.accumulate} parts has {part} rows; must be a multiple of the "
-            f"{shards} shards of mesh data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}")
+            f"{shards} shards of mesh {', '.join(f'{axis}={size}' for axis, size in split.items())}")
+
+
+def _require_divisible_sequence(config: TrainConfig, mesh: Mesh) -> None:
+    chunks, T = 2 * mesh.shape["context"], config.data.sequence_length
+    require(chunks == 2 or T % chunks == 0, "data.sequence_length", T,
+            f"must be a multiple of {chunks}, two chunks for each shard of mesh context={mesh.shape['context']}")
 
 
 def _require_same_run(config: TrainConfig, checkpoints: Checkpoints) -> None:

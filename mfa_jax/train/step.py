@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from mfa_jax import axes
+from mfa_jax.attention import context
 from mfa_jax.config import TrainConfig
 from mfa_jax.layers import at_path, stacked_blocks
 from mfa_jax.model.loss import cross_entropy
@@ -20,7 +22,7 @@ from mfa_jax.model.transformer import Transformer, unembedding
 from mfa_jax.train import experts
 from mfa_jax.train.optimizer import state_shardings
 
-BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+BATCH_SPEC = axes.RULES.spec("batch")
 
 
 class TrainState(NamedTuple):
@@ -82,6 +84,7 @@ class BatchSums(NamedTuple):
 
 def batch_loss(config: TrainConfig, model: Transformer, params: Any, batch: Any) -> BatchSums:
     """Sums of the loss over the targets of a batch (`inputs`, `targets`, `positions`, `segments`, `mask`)."""
+    model, batch = _split_sequence(model, batch)
     inputs = batch["inputs"], batch["positions"], batch["segments"]
     output: Any = model.apply({"params": params}, *inputs, method="hidden_and_routing")
     hidden, _, routing = output
@@ -92,6 +95,18 @@ def batch_loss(config: TrainConfig, model: Transformer, params: Any, batch: Any)
     assert config.model.moe is not None
     routed = experts.routing_sums(routing, jnp.sum(batch["mask"] > 0, axis=1))
     return BatchSums(sums.loss + config.model.moe.balance_loss * jnp.sum(routed.balance), sums.nll, sums.tokens, routed)
+
+
+def _split_sequence(model: Transformer, batch: Any) -> tuple[Transformer, Any]:
+    """Where the mesh splits the sequence: the batch in zig-zag order, and the model that takes it so.
+
+    Nothing but attention asks where a token stands; its position and segment travel with it.
+    """
+    if not context.splits_sequence() or model.config.attention_implementation not in ("auto", "context"):
+        return model, batch
+    order = context.zigzag(batch["inputs"].shape[1], jax.sharding.get_abstract_mesh().shape["context"])
+    batch = {name: axes.constrain(x[:, order], "batch", "sequence") for name, x in batch.items()}
+    return Transformer(dataclasses.replace(model.config, attention_implementation="context")), batch
 
 
 def make_train_step(
