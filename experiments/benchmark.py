@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from mfa_jax.config import GQAConfig, ModelConfig, PositionConfig, require
-from mfa_jax.convert.llama import load_llama
+from mfa_jax.convert import load_pretrained
 from mfa_jax.model.transformer import Transformer
 
 MODEL = ModelConfig(
@@ -151,7 +151,7 @@ def make_peer(config: ModelConfig, threads: int, seed: int) -> Peer:
     )).eval()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        read, params = load_llama(folder)
+        read, params = load_pretrained(folder)
     same = dataclasses.replace(read, attention_implementation=config.attention_implementation, remat=config.remat)
     require(same == config, "model", config, f"the peer's checkpoint was read as {same}")
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from experiments import cli
 from mfa_jax.config import require
-from mfa_jax.convert import load_llama
+from mfa_jax.convert import load_pretrained
 from mfa_jax.data import load_tokenizer
 from mfa_jax.kernels import MAX_QUERIES
 from mfa_jax.model.transformer import Transformer, init_cache
@@ -101,7 +101,7 @@ def main(config: CachePrecisionConfig) -> None:
         model, params, tokenizer = trained.model, trained.params, trained.tokenizer
     else:
         folder = Path(str(config.llama))
-        model_config, params = load_llama(folder)
+        model_config, params = load_pretrained(folder)
         model, tokenizer = Transformer(model_config), load_tokenizer(folder / config.tokenizer)
     text = Path(config.text).read_text()
     for cache_dtype in config.cache_dtypes:

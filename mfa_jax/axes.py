@@ -4,7 +4,7 @@ Letters (einsum subscripts and shape annotations, upper case unless noted; a let
 
   B batch · T query positions · S cached positions · D model width · N query heads · K key heads · G = N/K ·
   H head width on the query-key side · h value width · C latent width · Q query rank · R rope width ·
-  F feed-forward width · V vocabulary · L layers
+  F feed-forward width · E experts · A experts of a token · V vocabulary · L layers
 
 Parameters name their axes with the fields of `AxisRules`; a name that is not a field, or two names of one array on
 one mesh axis, is an error. The scanned layer axis is never sharded: XLA's partitioner computes wrong gradients for
@@ -29,8 +29,8 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 class AxisRules:
     """Mesh axes of each logical axis; the fields are the logical names."""
 
-    batch: tuple[str, ...] | str | None = ("data", "fsdp")
-    sequence: tuple[str, ...] | str | None = None
+    batch: tuple[str, ...] | None = ("data", "fsdp", "expert")
+    sequence: tuple[str, ...] | str | None = "context"
     embed: tuple[str, ...] | str | None = "fsdp"
     act_embed: tuple[str, ...] | str | None = None
     heads: tuple[str, ...] | str | None = "tensor"
@@ -39,6 +39,7 @@ class AxisRules:
     latent: tuple[str, ...] | str | None = None
     query_rank: tuple[str, ...] | str | None = None
     ffn: tuple[str, ...] | str | None = "tensor"
+    experts: tuple[str, ...] | str | None = "expert"
     vocab: tuple[str, ...] | str | None = "tensor"
     layers: None = None
 
@@ -85,10 +86,25 @@ def make_mesh(sizes: Sequence[int] | None = None, devices: Sequence[Any] | None 
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins the partition of an activation; does nothing where no mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pins the partition of an activation; does nothing where no mesh is set.
+
+    A `sequence` that its mesh axis does not divide, such as the one token of decoding, is not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, RULES.spec(*names))
+    shards = mesh.shape.get("context", 1)
+    fitting = [None if name == "sequence" and x.shape[axis] % shards else name for axis, name in enumerate(names)]
+    return jax.lax.with_sharding_constraint(x, RULES.spec(*fitting))
+
+
+def gather_sequence(x: jax.Array) -> jax.Array:
+    """`x [B, T, ...]` with its whole sequence on every device.
+
+    Pinned as it was made first: else the partitioner gathers what `x` was made from.
+    """
+    rest = (None,) * (x.ndim - 2)
+    return constrain(constrain(x, "batch", "sequence", *rest), "batch", None, *rest)
 
 
 def shardings(abstract: Any, mesh: Mesh) -> Any:

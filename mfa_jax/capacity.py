@@ -31,27 +31,32 @@ def parameter_shapes(attention: AttentionConfig, model_dim: int) -> dict[str, tu
     D, N = model_dim, attention.num_heads
     if isinstance(attention, GQAConfig):
         K, H = attention.num_kv_heads, attention.head_dim
-        return {"W_Q": (D, N, H), "W_K": (D, K, H), "W_V": (D, K, H), "W_O": (N, H, D)}
+        shapes: dict[str, tuple[int, ...]] = {"W_Q": (D, N, H), "W_K": (D, K, H), "W_V": (D, K, H), "W_O": (N, H, D)}
+        biases = {"b_Q": (N, H), "b_K": (K, H), "b_V": (K, H)} if attention.qkv_bias else {}
+        return shapes | biases | ({"q_norm": (H,), "k_norm": (H,)} if attention.qk_norm else {})
     C = attention.latent_dim
     if isinstance(attention, MLAConfig):
         R, h, H = attention.rope_dim, attention.value_dim, attention.nope_dim + attention.rope_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "W_DKV": (D, C), "W_KR": (D, R), "kv_norm": (C,), "W_UK": (C, N, attention.nope_dim), "W_UV": (C, N, h),
-            "W_O": (N, h, D),
-        }
+        shapes = {"W_DKV": (D, C), "W_KR": (D, R), "kv_norm": (C,), "W_UK": (C, N, attention.nope_dim),
+                  "W_UV": (C, N, h), "W_O": (N, h, D)}
         if attention.query_rank is None:
             return shapes | {"W_Q": (D, N, H)}
         Q = attention.query_rank
         return shapes | {"W_DQ": (D, Q), "q_norm": (Q,), "W_UQ": (Q, N, H)}
     Q = attention.query_rank
     shapes = {"S_q": (D, Q), "Q": (Q, N, C), "S_k": (D, C), "O": (N, C, D)}
-    if attention.query_norm:
-        shapes["q_norm"] = (Q,)
+    shapes |= {"q_norm": (Q,)} if attention.query_norm else {}
     return shapes | ({"S_v": (D, C)} if attention.kind == "mfa" else {"alpha": (C,), "N_kr": (C, C)})
 
 
+def _matrix_shapes(attention: AttentionConfig, model_dim: int) -> dict[str, tuple[int, ...]]:
+    """The parameters of one attention layer that a token is multiplied with: no norm, no alpha, no bias."""
+    shapes = parameter_shapes(attention, model_dim)
+    return {name: shape for name, shape in shapes.items() if len(shape) > 1 and not name.startswith("b_")}
+
+
 def attention_parameters(attention: AttentionConfig, model_dim: int) -> int:
-    """Parameters of one attention layer, norm scales and alpha included."""
+    """Parameters of one attention layer, norm scales, biases and alpha included."""
     return sum(math.prod(shape) for shape in parameter_shapes(attention, model_dim).values())
 
 
@@ -63,18 +68,49 @@ class ModelParameters:
     """Embedding table, and the output table where it is not tied."""
     non_embedding: int
     """Blocks and final norm."""
+    active: int
+    """What serves one token: blocks without the experts it is not sent to, final norm, output table."""
 
     @property
     def total(self) -> int:
         return self.embedding + self.non_embedding
 
 
+def feed_forward_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a layer's feed-forward, SwiGLU or experts, by the name and with the shape modules give it."""
+    D, moe = model.model_dim, model.moe
+    if moe is None or layer not in model.moe_layers:
+        F = model.ffn_dim
+        return {"W_gate": (D, F), "W_up": (D, F), "W_down": (F, D)}
+    E, F, S = moe.num_experts, moe.expert_dim, moe.shared_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "router": (D, E), "experts_gate": (E, D, F), "experts_up": (E, D, F), "experts_down": (E, F, D)}
+    if moe.bias_update_rate is not None:
+        shapes["router_bias"] = (E,)
+    return shapes | ({"shared/W_gate": (D, S), "shared/W_up": (D, S), "shared/W_down": (S, D)} if S else {})
+
+
+def _active(name: str, shape: tuple[int, ...], model: ModelConfig) -> int:
+    """Elements of a parameter that serve one token."""
+    if model.moe is not None and name.startswith("experts_"):
+        shape = (model.moe.experts_per_token, *shape[1:])
+    return math.prod(shape)
+
+
 def model_parameters(model: ModelConfig) -> ModelParameters:
-    """`L (attention + 2 D + 3 D F) + D` beside the tables: two norms and a SwiGLU a block, one final norm."""
-    D = model.model_dim
-    block = attention_parameters(model.attention, D) + 2 * D + 3 * D * model.ffn_dim
-    tables = 1 if model.tie_embeddings else 2
-    return ModelParameters(embedding=tables * model.vocab_size * D, non_embedding=model.num_layers * block + D)
+    """`sum_l (attention + 2 D + ffn_l) + D` beside the tables: two norms a block, one final norm.
+
+    `ffn_l = 3 D F` for a SwiGLU; `D E + 3 E D F + 3 D S` for E experts of width F beside a shared one of width S, and E
+    more for selection biases.
+    """
+    D, table = model.model_dim, model.vocab_size * model.model_dim
+    ffn = [feed_forward_shapes(model, layer) for layer in range(model.num_layers)]
+    others = model.num_layers * (attention_parameters(model.attention, D) + 2 * D) + D
+    return ModelParameters(
+        embedding=table if model.tie_embeddings else 2 * table,
+        non_embedding=others + sum(math.prod(shape) for shapes in ffn for shape in shapes.values()),
+        active=others + sum(_active(*item, model) for shapes in ffn for item in shapes.items()) + table,
+    )
 
 
 # ---- cache -----------------------------------------------------------------------------------------------------
@@ -100,6 +136,15 @@ def cache_bytes_per_token(attention: AttentionConfig, num_layers: int, cache_dty
     return num_layers * cache_elements_per_token(attention) * CACHE_DTYPE_BYTES[cache_dtype]
 
 
+def sequence_exchange_bytes(model: ModelConfig, rows: int, length: int, shards: int, itemsize: int = 2) -> int:
+    """Bytes a device receives in a forward pass where `shards` devices split a sequence: what the others would cache.
+
+    `L B (T - T / X) e` elements, `e` as `cache_elements_per_token`. The backward pass sends as many gradients on.
+    """
+    others = rows * (length - length // shards)
+    return model.num_layers * others * cache_elements_per_token(model.attention) * itemsize
+
+
 # ---- FLOPs -----------------------------------------------------------------------------------------------------
 
 
@@ -109,12 +154,8 @@ def attention_flops(attention: AttentionConfig, context: int) -> int:
     `W` is the width of the cached row that a head reads: `H` (MHA, GQA, MQA), `C + R` (MLA), `C` (MFA, MFA-KR).
     Source: arXiv 2507.19427, tables 2 and 3 ("attention computation without linear projections").
     """
-    if isinstance(attention, GQAConfig):
-        width = attention.head_dim
-    elif isinstance(attention, MLAConfig):
-        width = attention.latent_dim + attention.rope_dim
-    else:
-        width = attention.latent_dim
+    rope = attention.rope_dim if isinstance(attention, MLAConfig) else 0
+    width = attention.head_dim if isinstance(attention, GQAConfig) else attention.latent_dim + rope
     return 4 * attention.num_heads * width * context
 
 
@@ -126,17 +167,17 @@ def projection_flops(attention: AttentionConfig, model_dim: int) -> int:
     Source: arXiv 2507.19427, table 2 ("linear before and after attention").
     """
     times = {"N_kr": attention.num_heads}
-    shapes = parameter_shapes(attention, model_dim)
-    return sum(2 * math.prod(shape) * times.get(name, 1) for name, shape in shapes.items() if len(shape) > 1)
+    shapes = _matrix_shapes(attention, model_dim)
+    return sum(2 * math.prod(shape) * times.get(name, 1) for name, shape in shapes.items())
 
 
 def training_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     """Model FLOPs of forward and backward for one trained token, the numerator of model FLOPs utilisation.
 
-    `6 P + 3 L N (H + h) (T + 1)`: `P` counts the elements of every matrix a token is multiplied with (blocks and the
-    output table, tied or not; not the embedding look-up, norms, alpha), 2 FLOPs forward and 4 backward. A causal row
-    of `T` tokens has `(T + 1) / 2` keys a query on average; `H` and `h` are the widths of a head's key and value when
-    nothing is absorbed. Recomputation (remat) is not counted.
+    `6 P + 3 L N (H + h) (T + 1)`: `P` counts the elements of every matrix a token is multiplied with (blocks, with the
+    experts it is sent to, and the output table, tied or not; not the embedding look-up, norms, alpha, biases), 2 FLOPs
+    forward and 4 backward. A causal row of `T` tokens has `(T + 1) / 2` keys a query on average; `H` and `h` are the
+    widths of a head's key and value when nothing is absorbed. Recomputation (remat) is not counted.
     Source: Chowdhery et al., arXiv 2204.02311, appendix B, with the causal half.
     """
     attention, D = model.attention, model.model_dim
@@ -146,8 +187,10 @@ def training_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
         widths = attention.nope_dim + attention.rope_dim + attention.value_dim
     else:
         widths = 2 * attention.latent_dim
-    matrices = sum(math.prod(s) for s in parameter_shapes(attention, D).values() if len(s) > 1)
-    weights = model.num_layers * (matrices + 3 * D * model.ffn_dim) + model.vocab_size * D
+    matrices = sum(math.prod(shape) for shape in _matrix_shapes(attention, D).values())
+    ffn = sum(_active(name, shape, model) for layer in range(model.num_layers)
+              for name, shape in feed_forward_shapes(model, layer).items() if len(shape) > 1)
+    weights = model.num_layers * matrices + ffn + model.vocab_size * D
     return 6 * weights + 3 * model.num_layers * attention.num_heads * widths * (sequence_length + 1)
 
 

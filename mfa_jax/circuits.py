@@ -7,9 +7,10 @@ Generalized multi-head attention (arXiv 2412.19255, section 2) writes every vari
 each variant being a low-rank choice of `W_n` and `U_n`. Here both are handed out for any layer of this library, as
 they are without a position encoding (rope puts a rotation in the middle of `W_n`, ALiBi adds a bias beside it).
 
-A norm inside the attention (on the query latent of MFA, on the latents of MLA) is not linear. Its scale is part of
-the circuit, its division by the root mean square of the latent is not: the formula is exact for tokens whose latents
-have root mean square one, and elsewhere the norm divides that token's scores (MLA: keys and values) by it.
+A norm inside the attention (on the query latent of MFA, on the latents of MLA, on the query and key heads of GQA with
+`qk_norm`) is not linear. Its scale is part of the circuit, its division by the root mean square of the latent is not:
+the formula is exact for tokens whose latents have root mean square one, and elsewhere the norm divides that token's
+scores (MLA: keys and values) by it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mfa_jax.config import require
+from mfa_jax.layers import at_path, stacked_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +89,15 @@ def circuits(params: Any, layer: int) -> Circuits:
 
     Raises:
       ValueError: no such layer, or not the parameters of an attention variant.
+      NotImplementedError: biases on queries, keys and values.
     """
-    stacked = params["layers"]["attention"]
-    num_layers = next(iter(stacked.values())).shape[0]
+    blocks = stacked_blocks(params["layers"])
+    num_layers = sum(len(indices) for _, indices in blocks)
     require(0 <= layer < num_layers, "layer", layer, f"must be in 0 .. {num_layers - 1}")
+    path, indices = next(block for block in blocks if layer in block[1])
+    stacked = at_path(params["layers"], path)["attention"]
     p = {name: leaf["scale"] if isinstance(leaf, dict) else leaf for name, leaf in stacked.items()}
-    p = {name: np.asarray(leaf[layer], np.float64) for name, leaf in p.items()}
+    p = {name: np.asarray(leaf[indices.index(layer)], np.float64) for name, leaf in p.items()}
     if "W_DKV" in p:
         return _mla(p)
     if "W_K" in p:
@@ -102,9 +107,13 @@ def circuits(params: Any, layer: int) -> Circuits:
 
 
 def _gqa(p: dict[str, np.ndarray]) -> Circuits:
+    if "b_Q" in p:
+        raise NotImplementedError("qkv_bias: a layer with biases is no bilinear form of its tokens; only layers "
+                                  "without them have circuits")
     N, K, H = p["W_Q"].shape[1], p["W_K"].shape[1], p["W_Q"].shape[2]
-    key, value = (np.repeat(p[name].swapaxes(0, 1), N // K, axis=0) for name in ("W_K", "W_V"))
-    return Circuits(p["W_Q"].swapaxes(0, 1), key, value, p["W_O"], H**-0.5)
+    query, key = p["W_Q"] * p.get("q_norm", 1.0), p["W_K"] * p.get("k_norm", 1.0)
+    key, value = (np.repeat(shared.swapaxes(0, 1), N // K, axis=0) for shared in (key, p["W_V"]))
+    return Circuits(query.swapaxes(0, 1), key, value, p["W_O"], H**-0.5)
 
 
 def _mla(p: dict[str, np.ndarray]) -> Circuits:

@@ -21,6 +21,7 @@ from mfa_jax.config import (
 )
 from mfa_jax.model.transformer import Transformer
 
+# The variants, and GQA with all that public checkpoints add to it.
 ATTENTION: dict[str, AttentionConfig] = {
     "mha": GQAConfig(num_heads=4, num_kv_heads=4, head_dim=8),
     "gqa": GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8),
@@ -28,8 +29,9 @@ ATTENTION: dict[str, AttentionConfig] = {
     "mla": MLAConfig(num_heads=4, nope_dim=8, rope_dim=4, value_dim=6, latent_dim=16, query_rank=12),
     "mfa": MFAConfig(num_heads=4, latent_dim=16, query_rank=12),
     "mfa_kr": MFAKRConfig(num_heads=4, latent_dim=16, query_rank=12, alpha_init=0.5),
+    "gqa_bias_norm": GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8, qkv_bias=True, qk_norm=True),
 }
-assert tuple(ATTENTION) == VARIANTS
+assert tuple(ATTENTION)[:-1] == VARIANTS
 ENCODINGS = ("rope", "alibi", "none")
 B, T, V, L = 3, 9, 32, 2
 
@@ -59,6 +61,7 @@ class Compiled:
 def compiled(config: ModelConfig) -> Compiled:
     model = Transformer(config)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
+    params = jax.tree_util.tree_map_with_path(_moved, params)
 
     @jax.jit
     def full(params, tokens, positions=None, segments=None):
@@ -69,3 +72,8 @@ def compiled(config: ModelConfig) -> Compiled:
         return model.apply({"params": params}, tokens, cache=cache)
 
     return Compiled(config, model, params, full, step)
+
+
+def _moved(path: tuple, leaf: jax.Array) -> jax.Array:
+    """Biases start at zero, where they do nothing: here they are of the size of what they are added to."""
+    return jax.random.normal(jax.random.key(7), leaf.shape, leaf.dtype) if path[-1].key.startswith("b_") else leaf

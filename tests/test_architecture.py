@@ -15,7 +15,7 @@ MAX_FILE, MAX_FUNCTION = 300, 60
 
 _VARIANT = {"config", "axes", "cache", "positions", "kernels", "layers", "attention.core", "attention.cached",
             "attention.encoding"}
-_CORE = {"positions", "kernels", "attention.core", "attention.blockwise", "attention.library"}
+_CORE = {"positions", "kernels", "attention.core", "attention.blockwise", "attention.library", "attention.context"}
 _MODEL = {"attention", "config", "axes", "cache", "layers", "positions", "model"}
 _USES_MODEL = _MODEL | {"capacity", "data", "kernels"}
 # Room (a module or package of mfa_jax) -> the rooms it may import; a package's name stands for all that is in it.
@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "attention.core": _CORE,
     "attention.blockwise": _CORE,
     "attention.library": _CORE,
+    "attention.context": _CORE,
     "attention.cached": _CORE | {"cache"},
     "attention.encoding": {"config", "positions"},
     "attention.gqa": _VARIANT,
@@ -42,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "attention.mfa": _VARIANT,
     "attention.mfa_kr": _VARIANT | {"attention.mfa"},
     "circuits": {"config", "positions", "layers"},
-    "model": _MODEL,
+    "model": _MODEL | {"kernels"},
     "train": _USES_MODEL | {"train"},
     "generate": _USES_MODEL | {"generate"},
     "convert": _USES_MODEL | {"presets", "circuits", "train", "generate", "convert"},

@@ -104,13 +104,13 @@ def test_training_follows_the_peer(transformers: Any) -> None:
 
 
 def test_a_peer_with_other_weights_is_refused(transformers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = benchmark.load_llama
+    load = benchmark.load_pretrained
 
     def wrong(folder: str) -> tuple[ModelConfig, Any]:
         config, params = load(folder)
         return config, {**params, "embed": params["embed"] * 1.01}
 
-    monkeypatch.setattr(benchmark, "load_llama", wrong)
+    monkeypatch.setattr(benchmark, "load_pretrained", wrong)
     with pytest.raises(ValueError, match="logit_difference"):
         benchmark.make_peer(TINY, 1, 0)
 

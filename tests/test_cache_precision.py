@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.cache_precision import CachePrecisionConfig, bits_per_byte, cached_losses
-from mfa_jax.convert import load_llama
+from mfa_jax.convert import load_pretrained
 from mfa_jax.data import load_tokenizer
 from mfa_jax.model.transformer import Transformer
 
@@ -24,7 +24,7 @@ def stories(data_dir: Path) -> Path:
 
 
 def test_a_float32_cache_gives_the_losses_of_the_full_forward(stories: Path) -> None:
-    config, params = load_llama(stories)
+    config, params = load_pretrained(stories)
     tokens = jnp.asarray(np.load(stories / "golden_stories260K_fp64.npz")["ids"][None, :97], jnp.int32)
     logits, _ = Transformer(config).apply({"params": params}, tokens[:, :-1])
     wanted = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
@@ -37,7 +37,7 @@ def test_eight_bits_cost_a_trained_model_hundredths_of_a_bit(stories: Path) -> N
 
     float8_e4m3fn has 3 bits of fraction: off by 2 ** -4 at most, where int8 is by 2 ** -8 of the largest.
     """
-    config, params = load_llama(stories)
+    config, params = load_pretrained(stories)
     tokenizer = load_tokenizer(stories / "tok512.bin")
     text = (stories / "stories260K.md").read_text().split("-t 0.0\n")[1].split("\n```")[0]
     bits = {name: bits_per_byte(Transformer(config), params, tokenizer, text, window=64, windows=3, cache_dtype=name)
@@ -59,7 +59,7 @@ def test_bad_input_is_named(changes: dict, message: str) -> None:
 
 
 def test_a_text_shorter_than_a_row_is_refused(stories: Path) -> None:
-    config, params = load_llama(stories)
+    config, params = load_pretrained(stories)
     with pytest.raises(ValueError, match="must have more than 64 tokens"):
         bits_per_byte(Transformer(config), params, load_tokenizer(stories / "tok512.bin"), "Once", window=64,
                       windows=1, cache_dtype="int8")

@@ -15,6 +15,7 @@ from mfa_jax.config import AttentionConfig, GQAConfig, MFAConfig, MFAKRConfig, M
 from mfa_jax.presets import published
 
 GQA = GQAConfig(num_heads=6, num_kv_heads=2, head_dim=4)
+GQA_FULL = GQAConfig(num_heads=6, num_kv_heads=2, head_dim=4, qkv_bias=True, qk_norm=True)
 MLA = MLAConfig(num_heads=3, nope_dim=4, rope_dim=2, value_dim=5, latent_dim=7)
 MLA_QUERY = MLAConfig(num_heads=3, nope_dim=4, rope_dim=2, value_dim=5, latent_dim=7, query_rank=11)
 MFA = MFAConfig(num_heads=3, latent_dim=8, query_rank=6)
@@ -24,6 +25,7 @@ MFA_KR = MFAKRConfig(num_heads=3, latent_dim=8, query_rank=6)
 # Model width 10. By hand, in the order of the modules' parameters.
 PARAMETERS = [
     (GQA, 240 + 80 + 80 + 240),
+    (GQA_FULL, 240 + 80 + 80 + 240 + 24 + 8 + 8 + 4 + 4),
     (MLA, 70 + 20 + 7 + 84 + 105 + 150 + 180),
     (MLA_QUERY, 70 + 20 + 7 + 84 + 105 + 150 + 110 + 11 + 198),
     (MFA, 60 + 6 + 144 + 80 + 80 + 240),
@@ -52,6 +54,7 @@ def test_attention_parameters(attention: AttentionConfig, expected: int) -> None
     ("attention", "cached", "flops_per_position", "projections", "frh", "slsd", "ter"),
     [
         (GQA, 16, 4 * 6 * 4, 2 * 640, 4, 8, 24),
+        (GQA_FULL, 16, 4 * 6 * 4, 2 * 640, 4, 8, 24),
         (MLA, 9, 4 * 3 * 9, 2 * (70 + 20 + 84 + 105 + 150 + 180), 4, 7, 12),
         (MFA, 16, 4 * 3 * 8, 2 * (60 + 144 + 80 + 80 + 240), 6, 8, 18),
         (MFA_KR, 8, 4 * 3 * 8, 2 * (60 + 144 + 80 + 240 + 3 * 64), 6, 8, 18),
@@ -93,7 +96,7 @@ def test_model_parameters(tied: bool) -> None:
 
 @pytest.mark.parametrize(
     ("attention", "matrices", "widths"),
-    [(GQA, 640, 8), (MLA, 609, 6 + 5), (MFA, 604, 16), (MFA_KR, 588, 16)],
+    [(GQA, 640, 8), (GQA_FULL, 640, 8), (MLA, 609, 6 + 5), (MFA, 604, 16), (MFA_KR, 588, 16)],
 )
 def test_training_flops(attention: AttentionConfig, matrices: int, widths: int) -> None:
     model = ModelConfig(vocab_size=11, num_layers=3, model_dim=10, ffn_dim=7, attention=attention)

@@ -14,7 +14,7 @@ from flax import linen as nn
 from mfa_jax import attention, capacity
 from mfa_jax.attention.mla import MLA
 from mfa_jax.circuits import circuits
-from mfa_jax.config import GQAConfig, MFAConfig, PositionConfig
+from mfa_jax.config import VARIANTS, GQAConfig, MFAConfig, PositionConfig
 from mfa_jax.model.loss import cross_entropy
 from mfa_jax.model.transformer import Transformer, init_cache, unembedding, unstack_layers
 from tests.contract import ATTENTION, ENCODINGS, B, L, T, V, compiled, model_config, tokens
@@ -22,9 +22,12 @@ from tests.contract import ATTENTION, ENCODINGS, B, L, T, V, compiled, model_con
 CAPACITY = 16
 INNER_LOOP = ("mfa", "mfa_kr")
 # A variant stays on one worker, where its compilations are shared; the inner loop runs the paper's two.
-variants = pytest.mark.parametrize("variant", [
+_VARIANTS = [
     pytest.param(name, marks=[pytest.mark.xdist_group(name), *([] if name in INNER_LOOP else [pytest.mark.slow])])
-    for name in ATTENTION])
+    for name in ATTENTION]
+variants = pytest.mark.parametrize("variant", _VARIANTS)
+# Layers with biases have no circuits.
+variants_without_biases = pytest.mark.parametrize("variant", _VARIANTS[: len(VARIANTS)])
 # The inner loop runs rope; the whole suite runs the other encodings too.
 encodings = pytest.mark.parametrize(
     "encoding", [pytest.param(name, marks=() if name == "rope" else pytest.mark.slow) for name in ENCODINGS])
@@ -238,7 +241,7 @@ def test_gqa_with_repeated_key_heads_is_mha(kv_heads: int) -> None:
     chex.assert_trees_all_close(gqa.apply({"params": p}, x, positions)[0], expected, atol=1e-5)
 
 
-@variants
+@variants_without_biases
 def test_circuits_through_the_gmha_formula_equal_the_module(variant: str) -> None:
     """Inner norms are exact at unit root mean square, so each token is scaled until its normed latent has it."""
     config = ATTENTION[variant]
@@ -262,7 +265,18 @@ def test_circuits_through_the_gmha_formula_equal_the_module(variant: str) -> Non
     chex.assert_trees_all_close(np.asarray(got, np.float64), expected, atol=5e-5)
 
 
-@variants
+def test_circuits_hold_the_scale_of_head_norms_and_refuse_biases() -> None:
+    plain, c = compiled(model_config("gqa")).params, compiled(model_config("gqa_bias_norm"))
+    scales = {name: {"scale": jnp.linspace(0.5, 2, 2 * 8).reshape(2, 8)} for name in ("q_norm", "k_norm")}
+    given = plain["layers"]["attention"]
+    normed = circuits({"layers": {"attention": {**given, **scales}}}, 1)
+    W_Q, W_K = (np.asarray(given[name][1, :, 0] * scales["q_norm"]["scale"][1], np.float64) for name in ("W_Q", "W_K"))
+    np.testing.assert_allclose(normed.W(0), W_Q @ W_K.T, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="qkv_bias"):
+        circuits(c.params, 0)
+
+
+@variants_without_biases
 def test_measured_ranks_of_fresh_weights_are_the_nominal_ones(variant: str) -> None:
     c = compiled(model_config(variant))
     ranks = circuits(c.params, 1).ranks()

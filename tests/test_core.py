@@ -449,4 +449,4 @@ def test_tokamax_where_it_is_absent_says_how_to_get_it(monkeypatch: pytest.Monke
 
 
 def test_every_implementation_is_named() -> None:
-    assert IMPLEMENTATIONS == ("dense", "blockwise", "splash", "cudnn", "tokamax")
+    assert IMPLEMENTATIONS == ("dense", "blockwise", "splash", "cudnn", "tokamax", "context")

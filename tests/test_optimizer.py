@@ -25,6 +25,8 @@ MLA = {"W_DKV": (D, C), "W_KR": (D, R), "kv_norm": {"scale": (C,)}, "W_UK": (C, 
        "W_O": (N, VALUE, D)}
 ATTENTION: dict[str, dict[str, Any]] = {
     "gqa": {"W_Q": (D, N, H), "W_K": (D, K, H), "W_V": (D, K, H), "W_O": (N, H, D)},
+    "gqa_bias_norm": {"W_Q": (D, N, H), "W_K": (D, K, H), "W_V": (D, K, H), "W_O": (N, H, D), "b_Q": (N, H),
+                      "b_K": (K, H), "b_V": (K, H), "q_norm": {"scale": (H,)}, "k_norm": {"scale": (H,)}},
     "mla": {**MLA, "W_Q": (D, N, NOPE + R)},
     "mla_ranked": {**MLA, "W_DQ": (D, Q), "q_norm": {"scale": (Q,)}, "W_UQ": (Q, N, NOPE + R)},
     "mfa": {**LOW_RANK, "S_v": (D, C)},

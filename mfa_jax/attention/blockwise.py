@@ -57,13 +57,15 @@ class _Tokens(NamedTuple):
 def blockwise_attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S h"], *, scale: float,
     offset: Int[Array, " B"] | None = None, segments: Int[Array, "B T"] | None = None,
-    alibi_slopes: Float[Array, " N"] | None = None, query_block: int = 128, key_block: int = 128,
+    key_segments: Int[Array, "B S"] | None = None, alibi_slopes: Float[Array, " N"] | None = None,
+    query_block: int = 128, key_block: int = 128,
 ) -> Float[Array, "B T N h"]:
     """Attention as `core.attend` defines it, never holding more than a block of scores.
 
     Peak memory beside the arrays given and returned is `B N (query_block key_block)` scores in float32 a few times
     over, and for the gradient float32 copies of `k` and `v`. Lengths need not be multiples of the blocks. Slopes are
-    not differentiated, and there is no second derivative.
+    not differentiated, and there is no second derivative. Where there are more keys than queries, `key_segments` are
+    theirs.
     """
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
@@ -71,7 +73,7 @@ def blockwise_attention(
     tokens = _Tokens(
         jnp.zeros((B,), jnp.int32) if offset is None else offset,
         None if segments is None else _pad(segments, 1, plan.query_block),
-        None if segments is None else _pad(segments, 1, plan.key_block),
+        None if segments is None else _pad(segments if key_segments is None else key_segments, 1, plan.key_block),
         None if alibi_slopes is None else alibi_slopes.reshape(K, N // K),
     )
     grouped = _pad(q, 1, plan.query_block).reshape(B, -1, K, N // K, H)

@@ -24,14 +24,15 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mfa_jax.attention.blockwise import blockwise_attention
+from mfa_jax.attention.context import context_attention, splits_sequence
 from mfa_jax.attention.library import cudnn_attention, splash_attention, tokamax_attention
 
-IMPLEMENTATIONS = ("dense", "blockwise", "splash", "cudnn", "tokamax")
+IMPLEMENTATIONS = ("dense", "blockwise", "splash", "cudnn", "tokamax", "context")
 DENSE_SCORES = 1024 * 1024
 """`auto` forms all scores at once up to this many (query, key) pairs."""
 DENSE_QUERIES_ON_CPU = 256
 """On CPU only up to this many queries: above, blocks that stay in its caches are faster."""
-_BATCH_AXES = ("data", "fsdp")
+_BATCH_AXES = ("data", "fsdp", "expert")
 _HEAD_AXES = ("tensor",)
 
 
@@ -131,10 +132,11 @@ def _obstacle(
         (name == "cudnn" and platform != "gpu", f"runs on gpu, not on {platform}"),
         (name == "cudnn" and compute_capability < 8, "needs an NVIDIA GPU of compute capability 8.0 or newer, "
                                                      f"not {compute_capability}"),
+        (name == "context" and not splits_sequence(), "needs a mesh whose axis context splits the sequence"),
         (offset, "knows no offset, it can't read a cache"),
         (T != S, f"needs as many keys as queries, not S={S} for T={T}"),
-        (alibi, "knows no ALiBi bias"),
-        (segments and name != "splash", "knows no segments"),
+        (alibi and name != "context", "knows no ALiBi bias"),
+        (segments and name not in ("splash", "context"), "knows no segments"),
         (name == "splash" and T % 128 != 0, f"needs T to be a multiple of 128, not {T}"),
         (name == "cudnn" and jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16),
          f"needs bfloat16 or float16, not {jnp.dtype(dtype).name}"),
@@ -196,19 +198,13 @@ def over_mesh(
 
     A kernel can't be partitioned by the compiler, and a loop over blocks would be given a collective per block for
     the gradient of a key that all heads share; so both run on local arrays, with one sum at the end. Rows are split
-    over `data` and `fsdp`, heads over `tensor`; where those do not divide them (one row on eight devices) they are left
-    out, and their devices compute the same. A single key head is on every device of `tensor`.
+    over `data`, `fsdp` and `expert`, heads over `tensor`; where those do not divide them (one row on eight devices)
+    they are left out, and their devices compute the same. A single key head is on every device of `tensor`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return attention(q, k, v, offset, segments, alibi_slopes)
-
-    def split(axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-        present = tuple(axis for axis in axes if axis in mesh.axis_names)
-        return present if size % math.prod(mesh.shape[axis] for axis in present) == 0 else None
-
-    rows, N, K = split(_BATCH_AXES, q.shape[0]), q.shape[2], k.shape[1]
-    heads = split(_HEAD_AXES, N if K == 1 else math.gcd(N, K))
+    K, (rows, heads) = k.shape[1], _split(q, k)
     keys = PartitionSpec(rows, None if K == 1 else heads)
     by_heads = PartitionSpec(rows, None, heads)
     specs = (by_heads, keys, keys, PartitionSpec(rows), PartitionSpec(rows), PartitionSpec(heads))
@@ -216,6 +212,23 @@ def over_mesh(
     return jax.shard_map(attention, in_specs=specs, out_specs=by_heads, check_vma=False)(
         q, k, v, offset, segments, alibi_slopes
     )
+
+
+def _split(q: Array, k: Array) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Axes of the ambient mesh that split rows and heads; None where they do not divide them."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def split(axes: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+        present = tuple(axis for axis in axes if axis in mesh.axis_names)
+        return present if size % math.prod(mesh.shape[axis] for axis in present) == 0 else None
+
+    N, K = q.shape[2], k.shape[1]
+    return split(_BATCH_AXES, q.shape[0]), split(_HEAD_AXES, N if K == 1 else math.gcd(N, K))
+
+
+def _context(q: Array, k: Array, v: Array, scale: float, offset: Any, segments: Any, slopes: Any) -> Array:
+    rows, heads = _split(q, k)
+    return context_attention(q, k, v, scale=scale, segments=segments, alibi_slopes=slopes, rows=rows, heads=heads)
 
 
 def _blockwise(q: Array, k: Array, v: Array, scale: float, offset: Any, segments: Any, slopes: Any) -> Array:
@@ -239,6 +252,7 @@ _SERVE: dict[str, Callable[..., Array]] = {
     "splash": _splash,
     "cudnn": lambda q, k, v, scale, *_: cudnn_attention(q, k, v, scale=scale),
     "tokamax": lambda q, k, v, scale, *_: tokamax_attention(q, k, v, scale=scale),
+    "context": _context,
 }
 
 

@@ -14,7 +14,7 @@ from mfa_jax.attention.encoding import Encoding
 from mfa_jax.axes import constrain
 from mfa_jax.cache import KVCache, allocate
 from mfa_jax.config import GQAConfig, PositionConfig
-from mfa_jax.layers import from_heads, to_heads, weight
+from mfa_jax.layers import RMSNorm, from_heads, partitioned, to_heads, weight
 
 
 def init_cache(config: GQAConfig, batch: int, capacity: int, dtype: Any) -> KVCache:
@@ -53,14 +53,23 @@ class GQA(nn.Module):
         W_O = weight(self, "W_O", (N, H, D), ("heads", "head_dim", "embed"), fan_in=N * H, scale=self.out_scale,
                      **types)
 
+        q, k, v = to_heads(x, W_Q), to_heads(x, W_K), to_heads(x, W_V)
+        if self.config.qkv_bias:
+            q, k, v = (y + self._bias(name, y.shape[2:], axis)
+                       for name, y, axis in (("b_Q", q, "heads"), ("b_K", k, kv_axis), ("b_V", v, kv_axis)))
+        if self.config.qk_norm:
+            q, k = (RMSNorm(self.config.norm_eps, axis="head_dim", name=name, **types)(y)
+                    for name, y in (("q_norm", q), ("k_norm", k)))
         encoding = Encoding(self.position, H, N, inv_freq)
-        q = encoding.rotate(to_heads(x, W_Q), positions, head_axis=2)
-        k = encoding.rotate(to_heads(x, W_K).swapaxes(1, 2), positions, head_axis=1)
-        v = to_heads(x, W_V).swapaxes(1, 2)
-        q = constrain(q, "batch", None, "heads", None)
+        q = constrain(encoding.rotate(q, positions, head_axis=2), "batch", "sequence", "heads", None)
+        k, v = encoding.rotate(k.swapaxes(1, 2), positions, head_axis=1), v.swapaxes(1, 2)
         options: dict[str, Any] = {"scale": H**-0.5, "alibi_slopes": encoding.slopes, "segments": segments}
         if cache is None:
             o = attend(q, k, v, implementation=self.implementation, **options)
         else:
             o, cache = cached_attention(q, cache, (k, v), serving=self.serving, **options)
         return from_heads(o, W_O), cache
+
+    def _bias(self, name: str, shape: tuple[int, ...], axis: str | None) -> Float[Array, "N H"]:
+        zeros = partitioned(nn.initializers.zeros, (axis, "head_dim"))
+        return self.param(name, zeros, shape, self.param_dtype).astype(self.dtype)

@@ -34,7 +34,7 @@ def factored_queries(
     c_q = jnp.einsum("BTD,DQ->BTQ", x, S_q)
     if config.query_norm:
         c_q = RMSNorm(config.norm_eps, axis="query_rank", name="q_norm", **types)(c_q)
-    return constrain(to_heads(c_q, Q), "batch", None, "heads", None)
+    return constrain(to_heads(c_q, Q), "batch", "sequence", "heads", None)
 
 
 class MFA(nn.Module):

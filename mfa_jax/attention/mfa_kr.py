@@ -12,6 +12,7 @@ from mfa_jax.attention.cached import Serving, cached_attention
 from mfa_jax.attention.core import attend
 from mfa_jax.attention.encoding import Encoding
 from mfa_jax.attention.mfa import factored_queries
+from mfa_jax.axes import gather_sequence
 from mfa_jax.cache import KeyCache, allocate
 from mfa_jax.config import MFAKRConfig, PositionConfig
 from mfa_jax.layers import from_heads, partitioned, weight
@@ -65,6 +66,9 @@ class MFAKR(nn.Module):
             key = encoding.rotate(key, positions)
         options: dict[str, Any] = {"alibi_slopes": encoding.slopes, "segments": segments}
         if cache is None:
+            if self.implementation == "context":
+                # The whole sequence's key on every device, turned and made into values there: nothing else is gathered.
+                key, positions = gather_sequence(key), gather_sequence(positions)
             k = key if c.reuse == "post_rope" else encoding.rotate(key, positions)
             o = attend(q, k, values(key), scale=C**-0.5, implementation=self.implementation, **options)
         else:

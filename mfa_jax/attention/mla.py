@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from mfa_jax.attention.cached import Serving, cached_attention
 from mfa_jax.attention.core import attend
 from mfa_jax.attention.encoding import Encoding
-from mfa_jax.axes import constrain
+from mfa_jax.axes import constrain, gather_sequence
 from mfa_jax.cache import KeyCache, allocate
 from mfa_jax.config import MLAConfig, PositionConfig
 from mfa_jax.layers import RMSNorm, from_heads, to_heads, weight
@@ -58,12 +58,15 @@ class MLA(nn.Module):
                      **types)
 
         encoding = Encoding(self.position, R, N, inv_freq)
-        q = constrain(self._queries(x, types), "batch", None, "heads", None)
+        q = constrain(self._queries(x, types), "batch", "sequence", "heads", None)
         q_nope, q_rope = q[..., :M], encoding.rotate(q[..., M:], positions, head_axis=2)
         latent = RMSNorm(c.norm_eps, axis="latent", name="kv_norm", **types)(jnp.einsum("BTD,DC->BTC", x, W_DKV))
         k_rope = encoding.rotate(jnp.einsum("BTD,DR->BTR", x, W_KR), positions)
         options: dict[str, Any] = {"scale": (M + R) ** -0.5, "alibi_slopes": encoding.slopes, "segments": segments}
         if cache is None:
+            if self.implementation == "context":
+                # The whole sequence's latent on every device, and not its keys and values.
+                latent, k_rope = gather_sequence(latent), gather_sequence(k_rope)
             k_nope = to_heads(latent, W_UK).swapaxes(1, 2)
             k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope[:, None], (*k_nope.shape[:3], R))], axis=-1)
             v = to_heads(latent, W_UV).swapaxes(1, 2)

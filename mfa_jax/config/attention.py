@@ -64,9 +64,16 @@ class GQAConfig:
     """K, key and value heads; divides N."""
     head_dim: int = 64
     """H, width of a head."""
+    qkv_bias: bool = False
+    """A bias on queries, keys and values (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm over the width of each query and key head, before rope (Qwen3)."""
+    norm_eps: float = 1e-6
+    """Epsilon of these norms."""
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "num_kv_heads", "head_dim")
+        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
 

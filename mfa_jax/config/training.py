@@ -95,9 +95,9 @@ class MeshConfig:
     fsdp: int = 1
     """Shards of the parameters, each with its share of the batch."""
     expert: int = 1
-    """Shards of the experts (no use in a dense model)."""
+    """Shards of the experts, each with its share of the batch (in a dense model it acts as data)."""
     context: int = 1
-    """Shards of the sequence."""
+    """Shards of the sequence; 2 context must divide it."""
     tensor: int = 1
     """Shards of heads, feed-forward and vocabulary."""
 

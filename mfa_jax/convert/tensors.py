@@ -1,20 +1,55 @@
-"""Tensors of a folder of safetensors files, read in parts: what every Hugging Face checkpoint needs."""
+"""Tensors of other people's checkpoints: where ours lie in them, read in parts, written in shards."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from mfa_jax.config import from_dict, load_json, require
 
 Merged = tuple[tuple[int, ...], ...]
 """For each axis of a stored tensor, the axes of our array that it is made of, outermost first."""
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a leaf of ours lies in a checkpoint."""
+
+    name: str
+    """The tensor's name; `{}` stands for the number of the layer."""
+    merged: Merged
+    """How the axes of one layer are merged in it."""
+    layers: tuple[int, ...] | None = None
+    """The layers that our leaf stacks on its first axis; None for a leaf that belongs to no layer."""
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors, one a layer."""
+        return [self.name] if self.layers is None else [self.name.format(layer) for layer in self.layers]
+
+    def own_shape(self, leaf: Sequence[int]) -> tuple[int, ...]:
+        """The shape of one layer of a leaf."""
+        return tuple(leaf if self.layers is None else leaf[1:])
+
+    def stored_shape(self, leaf: Sequence[int]) -> tuple[int, ...]:
+        """The shape that a leaf's tensors have in the checkpoint."""
+        return tuple(math.prod(self.own_shape(leaf)[axis] for axis in group) for group in self.merged)
+
+    def merge(self, array: np.ndarray) -> np.ndarray:
+        """One layer of a leaf as it is stored."""
+        order = [axis for group in self.merged for axis in group]
+        shape = [math.prod(array.shape[axis] for axis in group) for group in self.merged]
+        return np.ascontiguousarray(array.transpose(order).reshape(shape))
 
 
 def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -25,7 +60,7 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     Raises:
       ValueError: no such file, one that cannot be read, or a name that two of them hold.
     """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index, single = folder / INDEX, folder / SINGLE
     if index.exists():
         weight_map = from_dict(dict, load_json(dict, index).get("weight_map"), f"weight_map of {index.name}")
         files = [folder / name for name in sorted(set(weight_map.values()))]
@@ -44,9 +79,37 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     return tensors
 
 
-def shorten(names: set[str]) -> str:
+def write_tensors(
+    folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]], dtype: np.dtype,
+    shard_bytes: int,
+) -> None:
+    """Writes `model.safetensors`, or shards of at most about `shard_bytes` and their index; a shard is in memory at
+    a time.
+
+    Args:
+      tensors: shape, and what makes the array, by name.
+      dtype: what every tensor is stored as.
+    """
+    shards: list[list[str]] = [[]]
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, _) in tensors.items()}
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = [SINGLE] if len(shards) == 1 else [
+        f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards, strict=True):
+        save_file({name: tensors[name][1]().astype(dtype) for name in names}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def shorten(names: Iterable[str]) -> str:
     """Some of many names, for a message."""
-    return ", ".join(sorted(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    ordered = sorted(names)
+    return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
 
 
 def equal(left: Any, right: Any, rows: int = 4096) -> bool:

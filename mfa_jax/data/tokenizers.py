@@ -78,8 +78,10 @@ class HuggingFaceTokenizer:
 
     FILE = "tokenizer.json"
 
-    def __init__(self, content: bytes, where: str, eos_token: str | None = None, bos_token: str | None = None) -> None:
-        """Args: the bytes of the file, its name for messages, and the special tokens (None: found by their names).
+    def __init__(self, content: bytes, where: str, eos_token: str | None = None, bos_token: str | None = None,
+                 chat_template: str | None = None) -> None:
+        """Args: the bytes of the file, its name for messages, the special tokens (None: found by their names), and the
+        Jinja template that a chat is written with.
 
         Raises:
           ValueError: not a tokenizer, or no end-of-document token in its vocabulary.
@@ -92,26 +94,31 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self._content = content
+        self.chat_template = chat_template
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self._eos_token = _special(vocabulary, eos_token, END_TOKENS, "eos_token")
-        self._bos_token = _special(vocabulary, bos_token, BEGIN_TOKENS, "bos_token")
-        if self._eos_token is None:
+        self.eos_token = _special(vocabulary, eos_token, END_TOKENS, "eos_token")
+        self.bos_token = _special(vocabulary, bos_token, BEGIN_TOKENS, "bos_token")
+        if self.eos_token is None:
             raise ValueError(f"tokenizer={where!r}: has no end-of-document token; give eos_token, "
                              f"or a tokenizer with one of {', '.join(END_TOKENS)}")
         self.vocab_size: int = max(vocabulary.values()) + 1
-        self.eos_id: int = vocabulary[self._eos_token]
-        self.bos_id: int | None = None if self._bos_token is None else vocabulary[self._bos_token]
+        self.eos_id: int = vocabulary[self.eos_token]
+        self.bos_id: int | None = None if self.bos_token is None else vocabulary[self.bos_token]
         self.fingerprint = hashlib.sha256(content + f"{self.eos_id}".encode()).hexdigest()
 
     @classmethod
     def from_file(cls, path: str | Path, eos_token: str | None = None,
                   bos_token: str | None = None) -> HuggingFaceTokenizer:
-        """Reads a file; special tokens not given come from `tokenizer_config.json` beside it, then from their names."""
+        """Reads a file; special tokens not given come from `tokenizer_config.json` beside it, then from their names.
+
+        The chat template is that of `chat_template.jinja` beside it, or of `tokenizer_config.json`.
+        """
         path = Path(path)
-        beside = path.with_name("tokenizer_config.json")
+        beside, template = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
         named = read_json(beside) if beside.exists() else {}
+        chat = read_bytes(template).decode() if template.exists() else named.get("chat_template")
         return cls(read_bytes(path), str(path), eos_token or _token_text(named.get("eos_token")),
-                   bos_token or _token_text(named.get("bos_token")))
+                   bos_token or _token_text(named.get("bos_token")), chat if isinstance(chat, str) else None)
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
@@ -121,7 +128,7 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: str | Path) -> None:
         save_files(folder, "huggingface", self.fingerprint, {self.FILE: self._content},
-              eos_token=self._eos_token, bos_token=self._bos_token)
+                   eos_token=self.eos_token, bos_token=self.bos_token, chat_template=self.chat_template)
 
 
 class StreamDecoder:
@@ -192,7 +199,8 @@ def _load_saved(folder: Path) -> Tokenizer:
         tokenizer = SentencePieceTokenizer(read_bytes(path), str(path))
     elif saved.get("kind") == "huggingface":
         path = folder / HuggingFaceTokenizer.FILE
-        tokenizer = HuggingFaceTokenizer(read_bytes(path), str(path), saved.get("eos_token"), saved.get("bos_token"))
+        tokenizer = HuggingFaceTokenizer(read_bytes(path), str(path), saved.get("eos_token"), saved.get("bos_token"),
+                                         saved.get("chat_template"))
     else:
         raise ValueError(f"tokenizer={str(folder)!r}: kind={saved.get('kind')!r} in {SAVED}: "
                          f"must be one of bytes, huggingface, sentencepiece")

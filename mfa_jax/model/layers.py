@@ -32,4 +32,4 @@ class SwiGLU(nn.Module):
         W_up = weight(self, "W_up", (D, F), ("embed", "ffn"), fan_in=D, **types)
         W_down = weight(self, "W_down", (F, D), ("ffn", "embed"), fan_in=F, scale=self.out_scale, **types)
         hidden = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x, W_gate)) * jnp.einsum("BTD,DF->BTF", x, W_up)
-        return jnp.einsum("BTF,FD->BTD", constrain(hidden, "batch", None, "ffn"), W_down)
+        return jnp.einsum("BTF,FD->BTD", constrain(hidden, "batch", "sequence", "ffn"), W_down)

@@ -36,14 +36,19 @@ def cross_entropy(
     """
     B, T, _ = hidden.shape
     table = table.astype(hidden.dtype)
-    chunk = max(1, min(T, chunk_elements // (B * table.shape[0])))
-    if chunk == T:
+    # Where the mesh splits the sequence, a part takes as many positions of each device.
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty or T % mesh.shape.get("context", 1) else mesh.shape.get("context", 1)
+    t = T // shards
+    chunk = max(1, min(t, chunk_elements // (B * table.shape[0] * shards)))
+    if chunk == t:
         return _chunk_sums(hidden, table, targets, mask, z_loss)
-    padding = -T % chunk
+    padding = -t % chunk
 
     def split(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return padded.reshape(B, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+        rest = x.shape[2:]
+        padded = jnp.pad(x.reshape(B, shards, t, *rest), [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * len(rest))
+        return jnp.moveaxis(padded.reshape(B, shards, -1, chunk, *rest), 2, 0).reshape(-1, B, shards * chunk, *rest)
 
     @jax.checkpoint
     def step(sums: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
@@ -60,7 +65,7 @@ def _chunk_sums(
     z_loss: float,
 ) -> LossSums:
     logits = jnp.einsum("BTD,VD->BTV", hidden, table, preferred_element_type=jnp.float32)
-    logits = constrain(logits, "batch", None, "vocab")
+    logits = constrain(logits, "batch", "sequence", "vocab")
     log_partition = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nll = jnp.sum(jnp.where(mask, log_partition - chosen, 0.0))

@@ -51,7 +51,7 @@ class TrainResult:
     """Updates done, all starts counted."""
     interrupted: bool
     """Whether a signal ended it; what was done is saved."""
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     """The last metrics, of training and, as `eval_*`, on the held-out documents."""
 
 
@@ -72,6 +72,7 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
     """
     mesh = axes.make_mesh(dataclasses.astuple(config.mesh), devices)
     _require_divisible_batch(config, mesh)
+    _require_divisible_sequence(config, mesh)
     workdir = Path(config.workdir)
     checkpoints = Checkpoints(workdir / run.CHECKPOINTS, keep_last=config.keep_checkpoints)
     with checkpoints, jax.set_mesh(mesh):
@@ -142,11 +143,18 @@ def _open_data(config: TrainConfig, workdir: Path) -> tuple[Tokenizer, Prepared]
 
 
 def _require_divisible_batch(config: TrainConfig, mesh: Mesh) -> None:
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    split = {axis: mesh.shape[axis] for axis in axes.RULES.batch or ()}
+    shards = math.prod(split.values())
     part = config.data.batch_size // config.accumulate
     require(part % shards == 0, "data.batch_size", config.data.batch_size,
             f"each of accumulate={config.accumulate} parts has {part} rows; must be a multiple of the "
-            f"{shards} shards of mesh data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}")
+            f"{shards} shards of mesh {', '.join(f'{axis}={size}' for axis, size in split.items())}")
+
+
+def _require_divisible_sequence(config: TrainConfig, mesh: Mesh) -> None:
+    chunks, T = 2 * mesh.shape["context"], config.data.sequence_length
+    require(chunks == 2 or T % chunks == 0, "data.sequence_length", T,
+            f"must be a multiple of {chunks}, two chunks for each shard of mesh context={mesh.shape['context']}")
 
 
 def _require_same_run(config: TrainConfig, checkpoints: Checkpoints) -> None:
@@ -194,7 +202,7 @@ class _Loop:
     ) -> None:
         self.config, self.parts, self.checkpoints = config, parts, checkpoints
         self.loader, self.writer, self.bar = loader, writer, bar
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, Any] = {}
         peak = peak_flops(jax.devices()[0])
         self.flops = capacity.training_flops_per_token(config.model, config.data.sequence_length)
         self.peak = None if peak is None else peak * parts.mesh.size
@@ -243,9 +251,9 @@ class _Loop:
             raise NonFiniteError(f"step {step}: {watched_leaves(state.params)[bad]} is not finite; the run stops, its "
                                  f"checkpoints up to the last good step are in {self.checkpoints.folder}")
 
-    def _measure(self, step: int, metrics: dict[str, Any], steps: int, seconds: float) -> dict[str, float]:
+    def _measure(self, step: int, metrics: dict[str, Any], steps: int, seconds: float) -> dict[str, Any]:
         """The metrics of a step as numbers, with the speed of the last `steps` steps; shown as they are made."""
-        values = {name: float(np.asarray(value)) for name, value in metrics.items() if name != "bad_leaf"}
+        values = {name: np.asarray(value).tolist() for name, value in metrics.items() if name != "bad_leaf"}
         size = self.parts.prepared.size("train")
         rate = steps * self.config.data.batch_size * self.config.data.sequence_length / seconds
         values |= {"bits_per_byte": values["loss"] / math.log(2) / size.bytes_per_token, "tokens_per_second": rate}

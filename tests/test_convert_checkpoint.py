@@ -1,4 +1,4 @@
-"""Llama checkpoints: a real trained one against its float64 logits and golden text, synthetic ones against numpy."""
+"""Checkpoints read: a trained Llama against its float64 logits and golden text, synthetic ones against numpy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from mfa_jax import axes
 from mfa_jax.config import GQAConfig, RopeScaling
-from mfa_jax.convert import config_from_llama, load_llama
+from mfa_jax.convert import config_from_hf, load_pretrained
 from mfa_jax.data import load_tokenizer
 from mfa_jax.generate import SamplingConfig, generate
 from mfa_jax.model.transformer import Transformer
@@ -107,7 +107,7 @@ def stories(data_dir: Path) -> Path:
 
 
 def test_logits_of_a_trained_model(stories: Path) -> None:
-    config, params = load_llama(stories)
+    config, params = load_pretrained(stories)
     golden = np.load(stories / "golden_stories260K_fp64.npz")
     logits, _ = jax.jit(Transformer(config).apply)({"params": params}, golden["ids"][None])
     assert golden["logits"].shape == logits.shape[1:] == (100, 512)
@@ -116,7 +116,7 @@ def test_logits_of_a_trained_model(stories: Path) -> None:
 
 def test_greedy_decoding_continues_the_golden_text(stories: Path) -> None:
     """256 tokens after the begin token, which is where llama2.c stops by itself."""
-    config, params = load_llama(stories)
+    config, params = load_pretrained(stories)
     tokenizer = load_tokenizer(stories / "tok512.bin")
     golden = (stories / "stories260K.md").read_text().split("-t 0.0\n")[1].split("\n```")[0]
     assert golden.startswith("Once upon a time") and len(golden) > 500
@@ -128,7 +128,7 @@ def test_greedy_decoding_continues_the_golden_text(stories: Path) -> None:
 
 def test_sharded_bfloat16_checkpoint_against_numpy(tmp_path: Path) -> None:
     tensors = make_tensors()
-    config, params = load_llama(write(tmp_path, tensors, shards=3))
+    config, params = load_pretrained(write(tmp_path, tensors, shards=3))
     tokens = np.random.default_rng(1).integers(0, V, 40)
     logits, _ = jax.jit(Transformer(config).apply)({"params": params}, tokens[None])
     np.testing.assert_allclose(logits[0], forward(tensors, tokens), rtol=0, atol=2e-5)
@@ -137,7 +137,7 @@ def test_sharded_bfloat16_checkpoint_against_numpy(tmp_path: Path) -> None:
 def test_each_leaf_lands_where_it_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a mesh: the same numbers, each leaf with the sharding of the rules, no device's read larger than its part."""
     write(tmp_path, make_tensors(), shards=2)
-    _, whole = load_llama(tmp_path)
+    _, whole = load_pretrained(tmp_path)
     mesh = axes.make_mesh((2, 2, 1, 1, 2))
     sizes: dict[tuple[int, ...], set[int]] = {}
     make = jax.make_array_from_callback
@@ -151,7 +151,7 @@ def test_each_leaf_lands_where_it_belongs(tmp_path: Path, monkeypatch: pytest.Mo
         return make(shape, where, noted)
 
     monkeypatch.setattr(jax, "make_array_from_callback", watched)
-    _, params = load_llama(tmp_path, param_dtype="bfloat16", mesh=mesh)
+    _, params = load_pretrained(tmp_path, param_dtype="bfloat16", mesh=mesh)
     chex.assert_trees_all_equal(jax.tree.map(lambda x: np.asarray(x, np.float32), params),
                                 jax.tree.map(np.asarray, whole))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
@@ -169,34 +169,48 @@ def test_tied_and_old_checkpoints(tmp_path: Path) -> None:
             "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(H // 2, np.float32)}
     write(tmp_path, tied, {**CONFIG, "tie_word_embeddings": True})
     (tmp_path / "model.safetensors").rename(tmp_path / "tiny.hf.safetensors")
-    config, params = load_llama(tmp_path, dtype="bfloat16")
+    config, params = load_pretrained(tmp_path, dtype="bfloat16")
     assert config.tie_embeddings and "unembed" not in params and config.dtype == "bfloat16"
     np.testing.assert_array_equal(params["embed"], tensors["model.embed_tokens.weight"].astype(np.float32))
     del tied["lm_head.weight"]
     write(tmp_path, tied, {**CONFIG, "tie_word_embeddings": True})
-    chex.assert_trees_all_equal(load_llama(tmp_path)[1], params)
+    chex.assert_trees_all_equal(load_pretrained(tmp_path)[1], params)
     write(tmp_path, tensors, {**CONFIG, "tie_word_embeddings": True})
     with pytest.raises(ValueError, match=r"tie_word_embeddings=True: must be false, lm_head.weight differs"):
-        load_llama(tmp_path)
+        load_pretrained(tmp_path)
 
 
 def test_what_a_config_may_leave_out() -> None:
     required = ("model_type", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size",
                 "num_hidden_layers")
-    config = config_from_llama({name: CONFIG[name] for name in required})
+    config = config_from_hf({name: CONFIG[name] for name in required})
     assert config.attention == GQAConfig(num_heads=N, num_kv_heads=N, head_dim=D // N)
     assert (config.position.base, config.position.scaling) == (10000.0, None)
     assert (config.norm_eps, config.tie_embeddings) == (1e-6, False)
     for name in required[1:]:
         with pytest.raises(ValueError, match=f"{name}=None: is missing"):
-            config_from_llama({key: CONFIG[key] for key in required if key != name})
+            config_from_hf({key: CONFIG[key] for key in required if key != name})
+
+
+def test_qwen_families() -> None:
+    """Qwen2 has biases and Qwen3 norms of heads, whatever the file says; both have a window only where it is used."""
+    qwen2 = config_from_hf({**CONFIG, "model_type": "qwen2", "sliding_window": 128})
+    assert qwen2.attention == GQAConfig(num_heads=N, num_kv_heads=K, head_dim=H, qkv_bias=True)
+    given = {**CONFIG, "model_type": "qwen3", "use_sliding_window": False, "layer_types": ["full_attention"] * L}
+    qwen3 = config_from_hf({key: value for key, value in given.items() if key != "head_dim"})
+    assert qwen3.attention == GQAConfig(num_heads=N, num_kv_heads=K, head_dim=128, qk_norm=True, norm_eps=1e-4)
+    for change in ({"use_sliding_window": True, "sliding_window": 8}, {"layer_types": ["sliding_attention"] * L}):
+        with pytest.raises(NotImplementedError, match="sliding_window"):
+            config_from_hf({**given, **change})
+    with pytest.raises(NotImplementedError, match="attention_bias=True"):
+        config_from_hf({**given, "attention_bias": True})
 
 
 def test_mistral_without_a_window_is_a_llama() -> None:
     mistral = {**CONFIG, "model_type": "mistral"}
-    assert config_from_llama({**mistral, "sliding_window": None}) == config_from_llama(CONFIG)
+    assert config_from_hf({**mistral, "sliding_window": None}) == config_from_hf(CONFIG)
     with pytest.raises(NotImplementedError, match="sliding_window=4096"):  # the value that Mistral configs leave out
-        config_from_llama(mistral)
+        config_from_hf(mistral)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -221,14 +235,14 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 )
 def test_rope_settings(rope: dict[str, Any], base: float, scaling: RopeScaling | None) -> None:
     plain = {key: value for key, value in CONFIG.items() if not key.startswith("rope_")}
-    position = config_from_llama({**plain, **rope}).position
+    position = config_from_hf({**plain, **rope}).position
     assert (position.base, position.scaling) == (base, scaling)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"model_type": "qwen3"}, NotImplementedError, "model_type='qwen3'"),
+        ({"model_type": "gemma"}, NotImplementedError, "model_type='gemma'"),
         ({"model_type": None}, NotImplementedError, "model_type=None"),
         ({"attention_bias": True}, NotImplementedError, "attention_bias=True"),
         ({"mlp_bias": True}, NotImplementedError, "mlp_bias=True"),
@@ -253,7 +267,7 @@ def test_rope_settings(rope: dict[str, Any], base: float, scaling: RopeScaling |
 )
 def test_configs_that_are_refused(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        config_from_llama({**CONFIG, **change})
+        config_from_hf({**CONFIG, **change})
 
 
 @pytest.mark.parametrize(
@@ -265,6 +279,8 @@ def test_configs_that_are_refused(change: dict[str, Any], error: type[Exception]
         ({"model.layers.1.self_attn.q_proj.bias": np.ones(N * H)}, ValueError, "q_proj.bias.*has no such tensors"),
         ({"model.layers.1.self_attn.k_proj.weight": np.ones((N * H, D))}, ValueError,
          r"layers.1.self_attn.k_proj.weight=\(32, 16\): .* shape \(16, 16\)"),
+        ({"model.layers.0.mlp.up_proj.weight": np.ones((D, F))}, ValueError,
+         r"layers.0.mlp.up_proj.weight=\(16, 24\): .* shape \(24, 16\) \(it is transposed\)"),
         ({"model.norm.weight": np.ones(D, np.int8)}, NotImplementedError, "model.norm.weight is stored as I8"),
     ],
 )
@@ -273,30 +289,30 @@ def test_tensors_that_are_refused(
 ) -> None:
     tensors = {name: tensor for name, tensor in {**make_tensors(), **change}.items() if tensor is not None}
     with pytest.raises(error, match=message):
-        load_llama(write(tmp_path, tensors))
+        load_pretrained(write(tmp_path, tensors))
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json.*cannot be read"):
-        load_llama(tmp_path)
+        load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     with pytest.raises(ValueError, match=r"must hold \*\.safetensors"):
-        load_llama(tmp_path)
+        load_pretrained(tmp_path)
     with pytest.raises(ValueError, match="dtype='float16'"):
-        load_llama(tmp_path, dtype="float16")
+        load_pretrained(tmp_path, dtype="float16")
     write(tmp_path, make_tensors(), shards=2)
     first = tmp_path / "model-00001-of-00002.safetensors"
     tensors = load_file(tmp_path / "model-00002-of-00002.safetensors")
     content = first.read_bytes()
     save_file(tensors, first)
     with pytest.raises(ValueError, match="00002-of-00002.*once more"):
-        load_llama(tmp_path)
+        load_pretrained(tmp_path)
     first.write_bytes(content[:-1])
     with pytest.raises(ValueError, match="model-00001-of-00002.*cannot be read"):
-        load_llama(tmp_path)
+        load_pretrained(tmp_path)
     first.unlink()
     with pytest.raises(ValueError, match="model-00001-of-00002.*cannot be read"):
-        load_llama(tmp_path)
+        load_pretrained(tmp_path)
     first.write_bytes(content)
     with pytest.raises(ValueError, match="does not divide over"):
-        load_llama(tmp_path, mesh=axes.make_mesh((1, 1, 1, 1, 8)))
+        load_pretrained(tmp_path, mesh=axes.make_mesh((1, 1, 1, 1, 8)))

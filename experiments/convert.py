@@ -1,0 +1,145 @@
+"""A GQA checkpoint as MFA or MFA-KR, with as large a cache or a smaller one.
+
+    python -m experiments.convert --from DIR --to mfa_kr --out runs/converted
+    python -m experiments.convert --from DIR --to mfa_kr --cache-ratio 1.5 --calibration FILE --out runs/smaller
+
+At ratio 1 the logits are the original's. Above, keys and values are reduced by what queries and outputs make of them on
+the calibration text, and the output projections refitted (`mfa_jax.convert.reduce`). What is written is the folder of a
+run that has not been trained: `experiments.decode`, `experiments.check_parity` and `load_trained` read it. Layers that
+are done are kept beside it, in `OUT.unfinished`, so that the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from experiments import cli
+from mfa_jax.capacity import cache_elements_per_token
+from mfa_jax.config import GQAConfig, ModelConfig, require
+from mfa_jax.convert import gqa_to_mfa, gqa_to_mfa_kr, load_pretrained, pretrained_tokenizer, save_run
+from mfa_jax.convert.files import require_free
+from mfa_jax.convert.reduce import LayerReport, reduce_gqa
+from mfa_jax.data import Tokenizer, documents
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """What is converted, to what, and on which text."""
+
+    source: Annotated[str, tyro.conf.arg(name="from")]
+    """A Hugging Face folder or a .gguf file."""
+    out: str
+    """Folder that is written; must not exist yet, or be empty."""
+    to: Literal["mfa", "mfa_kr"] = "mfa_kr"
+    """The attention that it becomes."""
+    cache_ratio: float = 1.0
+    """The original's cached elements a token over the new ones; 1 is exact."""
+    calibration: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Text files; may be given several times, each gives as many rows. Needed above ratio 1."""
+    rows: int = 32
+    """Rows of calibration text."""
+    context: int = 512
+    """Tokens of a row."""
+    ridge: float = 0.01
+    """Of the refit, as a share of the mean square of the features."""
+    tokenizer: str | None = None
+    """Name of the tokenizer in the folder; none for what it holds."""
+    report: bool = False
+    """Print what happened to each layer, too."""
+
+    def __post_init__(self) -> None:
+        require(self.cache_ratio >= 1, "cache_ratio", self.cache_ratio, "must be at least 1")
+        require(self.cache_ratio == 1 or bool(self.calibration), "calibration", None, "is needed above cache_ratio=1")
+        require(self.rows >= 1, "rows", self.rows, "must be at least 1")
+        require(self.context >= 2, "context", self.context, "must be at least 2")
+        require(self.ridge >= 0, "ridge", self.ridge, "must not be negative")
+
+
+def width_of(config: ModelConfig, to: str, ratio: float) -> int:
+    """The even C whose cache is at most the original's over `ratio`.
+
+    Raises:
+      ValueError: none is.
+    """
+    assert isinstance(config.attention, GQAConfig)
+    budget = cache_elements_per_token(config.attention) / ratio
+    width = 2 * int(budget / (2 if to == "mfa_kr" else 4))
+    require(width >= 2, "cache_ratio", ratio, f"leaves {budget:g} elements a token, less than any {to} caches")
+    return width
+
+
+def calibration_rows(config: ConvertConfig, tokenizer: Tokenizer) -> np.ndarray:
+    """`[rows, context]` tokens, the files in turn, each from its beginning.
+
+    Raises:
+      ValueError: a file that is too short.
+    """
+    per_file = -(-config.rows // len(config.calibration))
+    found = []
+    for path in config.calibration:
+        ids = np.empty(0, np.int32)
+        for document in documents(path):
+            # Not the whole of a long text: a token is hardly more than 16 bytes.
+            ids = np.append(ids, tokenizer.encode(document.text[: 16 * per_file * config.context]))
+            if len(ids) >= per_file * config.context:
+                break
+        require(len(ids) >= per_file * config.context, "calibration", path,
+                f"has {len(ids)} tokens, {per_file} rows of {config.context} are asked of it")
+        found.append(ids[: per_file * config.context].reshape(per_file, config.context))
+    return np.stack(found, axis=1).reshape(-1, config.context)[: config.rows]
+
+
+def convert(config: ConvertConfig, model: ModelConfig, params: Any, tokenizer: Tokenizer) -> tuple[
+        ModelConfig, Any, list[LayerReport]]:
+    """The converted model; a conversion that was interrupted goes on."""
+    if config.cache_ratio == 1:
+        exact = gqa_to_mfa if config.to == "mfa" else gqa_to_mfa_kr
+        return (*exact(model, params), [])
+    width = width_of(model, config.to, config.cache_ratio)
+    return reduce_gqa(model, params, calibration_rows(config, tokenizer), target=config.to, width=width,
+                      ridge=config.ridge, folder=unfinished(config.out), on_layer=lambda layer: print(
+                          f"layer {layer.layer + 1} of {model.num_layers}: misses {layer.refitted_error:.3f} of its "
+                          f"output's mean square", file=sys.stderr))
+
+
+def unfinished(out: str) -> Path:
+    """Where a conversion keeps the layers that are done."""
+    return Path(out).with_name(f"{Path(out).name}.unfinished")
+
+
+def main(config: ConvertConfig) -> None:
+    start = time.monotonic()
+    require_free(Path(config.out))
+    tokenizer = pretrained_tokenizer(config.source, config.tokenizer)
+    given, params = load_pretrained(config.source)
+    require(isinstance(given.attention, GQAConfig), "from", config.source,
+            f"must hold a GQA model, not {given.attention.variant}")
+    require(tokenizer.vocab_size <= given.vocab_size, "tokenizer.vocab_size", tokenizer.vocab_size,
+            f"must be at most the model's vocab_size={given.vocab_size}")
+    found, converted, layers = convert(config, given, params, tokenizer)
+    save_run(config.out, found, jax.tree.map(jnp.asarray, converted), tokenizer)
+    shutil.rmtree(unfinished(config.out), ignore_errors=True)
+    if config.report:
+        for layer in layers:
+            print(json.dumps(dataclasses.asdict(layer)))
+    old, new = (cache_elements_per_token(c.attention) for c in (given, found))
+    print(json.dumps({
+        "out": config.out, "attention": found.attention.variant, "cached_elements": [old, new],
+        "cache_ratio": round(old / new, 3), "seconds": round(time.monotonic() - start, 1),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}))
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(cli.parse(ConvertConfig)))

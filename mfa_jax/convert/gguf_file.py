@@ -1,0 +1,213 @@
+"""GGUF files, read through the `gguf` package (`pip install "mfa_jax[gguf]"`): config, weights, tokenizer.
+
+A file is presented as what the rest of this package reads: the values of a `config.json`, and lazy tensors under
+Hugging Face's names. Quantized tensors become float32, as far as `gguf` can dequantise their type, and only the rows
+that are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
+from mfa_jax.config import require
+from mfa_jax.data import HuggingFaceTokenizer
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_CONFIG_KEYS = {
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size", "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta", "context_length": "max_position_embeddings",
+    "attention.sliding_window": "sliding_window",
+}
+_GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+# What stands before BPE, by the file's name for it: llama.cpp keeps these rules in its code, not in the file.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+_PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "llama-bpe": [pre_tokenizers.Split(Regex(_WORDS % r"\p{N}{1,3}"), "isolated"), _BYTES],
+    "qwen2": [pre_tokenizers.Split(Regex(_WORDS % r"\p{N}"), "isolated"), _BYTES],
+}
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+class Tensor:
+    """One tensor, behind the methods of a slice of a safetensors file."""
+
+    def __init__(self, tensor: Any, heads: int | None = None) -> None:
+        """Args: the reader's tensor, and the heads whose rows it keeps in pairs (see `_half_split`)."""
+        self._tensor = tensor
+        self._shape = [int(size) for size in reversed(tensor.shape)]
+        self._rows = None if heads is None else _half_split(self._shape[0], heads)
+
+    def get_shape(self) -> list[int]:
+        return self._shape
+
+    def get_dtype(self) -> str:
+        """What `__getitem__` yields."""
+        return "F32"
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        data = self._tensor.data[first if self._rows is None else self._rows[first]]
+        # Blocks of a quantized type lie along the last axis, so that rows can be taken before it is unpacked.
+        return np.asarray(_gguf().dequantize(data, self._tensor.tensor_type), np.float32)[(slice(None), *rest)]
+
+
+def open_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[tuple[float, ...], ...] | None]:
+    """The values of a `config.json`, the tensors, and the rope frequencies of each layer where the file gives factors.
+
+    Raises:
+      ValueError: not a GGUF file, or a value is missing.
+      NotImplementedError: another architecture, a type that `gguf` cannot dequantise, or a rope scaling that ours
+        lacks; or the package `gguf` is not installed.
+    """
+    reader = _reader(path)
+    values = _config(reader)
+    rotated = values["model_type"] == "llama"
+    heads = {"attn_q": values["num_attention_heads"], "attn_k": values["num_key_value_heads"]}
+    tensors: dict[str, Any] = {}
+    factors = None
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":
+            factors = np.asarray(tensor.data, np.float64)
+            continue
+        _require_readable(tensor)
+        kind = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
+        tensors[_hf_name(tensor.name)] = Tensor(tensor, heads.get(kind) if rotated else None)
+    return values, tensors, None if factors is None else _frequencies(values, factors)
+
+
+def read_tokenizer(path: Path) -> HuggingFaceTokenizer:
+    """The byte-level BPE tokenizer in a file.
+
+    Raises:
+      ValueError: not a GGUF file, or one without a tokenizer.
+      NotImplementedError: another kind of tokenizer, or rules before BPE that are not known here.
+    """
+    reader = _reader(path)
+    kind, rules = (_value(reader, f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    if kind != "gpt2" or rules not in _PRE_TOKENIZERS:
+        raise NotImplementedError(f"tokenizer.ggml.model={kind!r}, pre={rules!r}: only byte-level BPE (gpt2) with the "
+                                  f"rules {', '.join(_PRE_TOKENIZERS)} can be rebuilt; give the tokenizer.json")
+    tokens = _value(reader, "tokenizer.ggml.tokens")
+    merges = [tuple(pair.split(" ")) for pair in _value(reader, "tokenizer.ggml.merges")]
+    tokenizer = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[rules])
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = _value(reader, "tokenizer.ggml.token_type")
+    tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)
+                          for token, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _USER_DEFINED)])
+    special = {name: tokens[i] for name in ("eos", "bos")
+               if (i := _value(reader, f"tokenizer.ggml.{name}_token_id")) is not None}
+    return HuggingFaceTokenizer(tokenizer.to_str().encode(), str(path), special.get("eos"), special.get("bos"),
+                                _value(reader, "tokenizer.chat_template"))
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise NotImplementedError("reading .gguf files needs the package gguf: pip install 'mfa_jax[gguf]'") from error
+    return gguf
+
+
+def _reader(path: Path) -> Any:
+    gguf = _gguf()
+    require(path.is_file(), "checkpoint", str(path), "no such file")
+    try:
+        return gguf.GGUFReader(path)
+    except ValueError as error:
+        raise ValueError(f"checkpoint={str(path)!r}: is not a GGUF file ({error})") from error
+
+
+def _value(reader: Any, key: str, default: Any = None) -> Any:
+    field = reader.get_field(key)
+    return default if field is None else field.contents()
+
+
+def _config(reader: Any) -> dict[str, Any]:
+    name = _value(reader, "general.architecture")
+    if name not in _ARCHITECTURES:
+        raise NotImplementedError(f"general.architecture={name!r}: only {', '.join(_ARCHITECTURES)} files can be read")
+    values = {ours: value for key, ours in _CONFIG_KEYS.items() if (value := _value(reader, f"{name}.{key}"))}
+    require("num_attention_heads" in values, f"{name}.attention.head_count", None, "is missing from the file")
+    if "rms_norm_eps" in values:  # stored in float32: 1e-05 is what 9.999999747378752e-06 was
+        values["rms_norm_eps"] = float(str(np.float32(values["rms_norm_eps"])))
+    if "head_dim" in values:
+        require(_value(reader, f"{name}.attention.value_length") in (None, values["head_dim"]),
+                f"{name}.attention.value_length", _value(reader, f"{name}.attention.value_length"),
+                f"must be key_length={values['head_dim']}")
+    names = {tensor.name: tensor for tensor in reader.tensors}
+    require("token_embd.weight" in names, "checkpoint", "token_embd.weight", "is missing from the file")
+    return {
+        "model_type": name, "num_key_value_heads": values["num_attention_heads"],
+        "use_sliding_window": "sliding_window" in values, **values,
+        "vocab_size": int(names["token_embd.weight"].shape[1]),
+        "tie_word_embeddings": "output.weight" not in names, "rope_scaling": _rope_scaling(reader, name),
+    }
+
+
+def _rope_scaling(reader: Any, name: str) -> dict[str, Any] | None:
+    settings = {key.removeprefix(f"{name}.rope.scaling."): _value(reader, key) for key in reader.fields
+                if key.startswith(f"{name}.rope.scaling.")}
+    kind, original = settings.pop("type", "none"), settings.pop("original_context_length", None)
+    factor = settings.pop("factor", None)
+    settings.pop("finetuned", None)
+    if settings or kind not in ("none", "linear", "yarn"):
+        raise NotImplementedError(f"{name}.rope.scaling type={kind!r}, {settings}: only linear and yarn without "
+                                  f"further settings can be read")
+    if kind == "none":
+        return None
+    rope = {"rope_type": kind, "factor": factor}
+    return rope if kind == "linear" else {**rope, "original_max_position_embeddings": original}
+
+
+def _frequencies(values: Mapping[str, Any], factors: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    """`base ** (-2 j / H) / factor_j`, the same for all layers: how files keep Llama 3.1's scaling."""
+    pairs = np.arange(len(factors), dtype=np.float64)
+    row = values["rope_theta"] ** (-pairs / len(factors)) / factors
+    return (tuple(row.astype(np.float32).tolist()),) * values["num_hidden_layers"]
+
+
+def _half_split(rows: int, heads: int) -> np.ndarray:
+    """The stored row of each of our rows.
+
+    Llama files keep a head's rows in pairs that turn together, `(j, H/2 + j)`, one after the other; ours keep the
+    first halves of all pairs before the second.
+    """
+    return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _hf_name(name: str) -> str:
+    """Hugging Face's name of a tensor; an unknown one keeps its own, and is refused with those left over."""
+    parts = name.split(".")
+    if parts[0] == "blk" and len(parts) == 4 and parts[2] in _BLOCK_NAMES:
+        return f"model.layers.{parts[1]}.{_BLOCK_NAMES[parts[2]]}.{parts[3]}"
+    return f"{_GLOBAL_NAMES[parts[0]]}.{parts[1]}" if len(parts) == 2 and parts[0] in _GLOBAL_NAMES else name
+
+
+def _require_readable(tensor: Any) -> None:
+    gguf = _gguf()
+    kind = tensor.tensor_type
+    plain = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+    if kind in plain:
+        return
+    try:
+        gguf.dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], kind)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{tensor.name} is stored as {kind.name}, which gguf cannot dequantise") from error

@@ -1,0 +1,68 @@
+"""The tokenizer of a checkpoint, in and out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from mfa_jax.config import require
+from mfa_jax.convert import gguf_file
+from mfa_jax.data import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+
+_END, _BEGIN = "<|endoftext|>", "<|startoftext|>"
+
+
+def pretrained_tokenizer(path: str | Path, name: str | None = None) -> Tokenizer:
+    """The tokenizer that lies in a checkpoint: in its folder, or inside a `.gguf` file.
+
+    Args:
+      name: a file of the folder (`tokenizer.json`, a sentencepiece table `*.bin`); None for what it holds.
+
+    Raises:
+      ValueError: there is none, or it cannot be read.
+      NotImplementedError: a kind of tokenizer in a `.gguf` file that cannot be rebuilt.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        require(name is None, "tokenizer", name, "must be left out: a .gguf file holds its tokenizer")
+        return gguf_file.read_tokenizer(path)
+    return load_tokenizer(path if name is None else path / name)
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
+    """Writes what `load_tokenizer` needs and, but for a sentencepiece table, what engines read.
+
+    Returns:
+      the special tokens, as a `config.json` names them.
+    """
+    tokenizer.save(folder)
+    given: dict[str, str | None] = {}
+    if isinstance(tokenizer, ByteTokenizer):
+        _bytes_as_bpe().save(str(folder / HuggingFaceTokenizer.FILE))
+        given = {"eos_token": _END, "bos_token": _BEGIN}
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        given = {"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token,
+                 "chat_template": tokenizer.chat_template}
+    if given:
+        named = {key: value for key, value in given.items() if value is not None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(
+            {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, **named}, indent=2))
+    return {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}
+
+
+def _bytes_as_bpe() -> tokenizers.Tokenizer:
+    """`ByteTokenizer` as byte-level BPE without merges: the same ids."""
+    # Byte-level BPE spells a byte as itself where that is printable in Latin-1, and the rest, in order, from 256 on.
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    rest = iter(range(256, 512))
+    vocabulary = {chr(byte if byte in printable else next(rest)): byte for byte in range(256)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([_END, _BEGIN])
+    assert [tokenizer.token_to_id(token) for token in (_END, _BEGIN)] == [ByteTokenizer.eos_id, ByteTokenizer.bos_id]
+    return tokenizer

@@ -1,0 +1,158 @@
+"""GQA with a smaller cache: the algebra on constructed layers, and a trained model."""
+
+from __future__ import annotations
+
+import bz2
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.convert import ConvertConfig, calibration_rows, main, width_of
+from mfa_jax.config import ModelConfig, PositionConfig
+from mfa_jax.convert import load_pretrained, pretrained_tokenizer
+from mfa_jax.convert.activations import Moments
+from mfa_jax.convert.reduce import rank_keys, reduce_gqa
+from mfa_jax.data import ByteTokenizer
+from mfa_jax.model.transformer import Transformer
+from mfa_jax.train.run import load_trained
+from tests.contract import compiled, model_config, tokens
+
+TEXT = tokens(9, (24, 32))
+
+
+def logits(config: ModelConfig, params: Any, ids: Any) -> np.ndarray:
+    return np.asarray(jax.jit(Transformer(config).apply)({"params": params}, jnp.asarray(ids))[0], np.float64)
+
+
+def test_keys_that_differ_by_a_complex_factor_are_one() -> None:
+    """Two key heads, the second the first times a complex number of its own for each pair: half of the directions hold
+    all, and rotated queries and keys score as before. No real map of pairs could do that."""
+    rng = np.random.default_rng(0)
+    D, N, H = 12, 4, 8
+    first = rng.normal(size=(D, 4)) + 1j * rng.normal(size=(D, 4))
+    second = first * np.exp(1j * rng.uniform(0, 6, 4))
+    W_K = np.stack([np.concatenate([k.real, k.imag], axis=1) for k in (first, second)], axis=1)
+    layer = {"W_Q": rng.normal(size=(D, N, H)), "W_K": W_K}
+    inv_freq = 100.0 ** (-np.arange(4) / 4)
+    keys = rank_keys(layer, inv_freq, Moments(np.eye(D), np.zeros(D), np.eye(D)), 16)
+    half = [keys.S_k[:, :4], keys.S_k[:, 8:12]]
+    assert np.abs(keys.S_k[:, 4:8]).max() < 1e-6 * np.abs(half[0]).max()
+    assert sorted(keys.inv_freq[:4]) == sorted(inv_freq)
+
+    x, y = rng.normal(size=(2, D))
+    turns = np.exp(1j * 5 * inv_freq)  # of a query 5 tokens behind its key
+    for n in range(N):
+        q, k = (w[:4] + 1j * w[4:] for w in (x @ layer["W_Q"][:, n], y @ W_K[:, n // 2]))
+        wanted = np.sum((q * turns * k.conj()).real) * H**-0.5
+        W = x @ keys.W[:, n]
+        found = np.sum(((W[:4] + 1j * W[8:12]) * np.exp(1j * 5 * keys.inv_freq[:4])
+                        * ((y @ half[0]) - 1j * (y @ half[1]))).real)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("target", "widths"), [("mfa", (14, 10, 6)), ("mfa_kr", (30, 22, 12))])
+def test_the_error_grows_as_the_cache_shrinks(target: Any, widths: tuple[int, ...]) -> None:
+    c = compiled(model_config("gqa"))
+    expected, errors = logits(c.config, c.params, TEXT), []
+    for width in widths:
+        config, params, reports = reduce_gqa(c.config, c.params, np.asarray(TEXT), target=target, width=width)
+        assert (config.attention.kind, config.attention.latent_dim) == (target, width)
+        assert [r.layer for r in reports] == [0, 1] and all(r.refitted_error <= r.error for r in reports)
+        errors.append(np.mean((logits(config, params, TEXT) - expected) ** 2) / np.mean(expected**2))
+    assert errors[0] < errors[1] < errors[2] and errors[0] < 0.05
+
+
+def test_a_model_that_needs_less_loses_nothing() -> None:
+    """Values of rank 8 and keys of one head twice: a cache of half the size holds all."""
+    c = compiled(model_config("gqa"))
+    given = dict(c.params["layers"]["attention"])
+    for name in ("W_K", "W_V"):
+        given[name] = jnp.repeat(given[name][:, :, :1], 2, axis=2)
+    params = {**c.params, "layers": {**c.params["layers"], "attention": given}}
+    expected = logits(c.config, params, tokens())
+    for target, width in (("mfa", 8), ("mfa_kr", 16)):
+        config, converted, _ = reduce_gqa(c.config, params, np.asarray(TEXT), target=target, width=width, ridge=0.0)
+        np.testing.assert_allclose(logits(config, converted, tokens()), expected, rtol=0, atol=1e-3)
+
+
+def test_an_interrupted_conversion_goes_on(tmp_path: Path) -> None:
+    c, text, seen = compiled(model_config("gqa")), np.asarray(TEXT), []
+
+    def convert(folder: Path | None, on_layer: Any = seen.append, ridge: float = 0.01) -> Any:
+        return reduce_gqa(c.config, c.params, text, target="mfa_kr", width=22, folder=folder, on_layer=on_layer,
+                          ridge=ridge)
+
+    def interrupt(report: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "half", interrupt)
+    with pytest.raises(ValueError, match="holds another conversion"):
+        convert(tmp_path / "half", ridge=0.02)
+    config, params, reports = convert(tmp_path / "half")
+    assert [report.layer for report in seen] == [1] and [report.layer for report in reports] == [0, 1]
+    whole = convert(None)
+    assert (config, reports) == (whole[0], whole[2])
+    chex.assert_trees_all_equal(params, whole[1])
+
+
+def test_the_script_on_a_trained_model(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own stories: a third of the cache less costs little, and more than none."""
+    stories = data_dir / "models" / "stories260K"
+    text = (stories / "stories260K.md").read_text().split("-t 0.0\n")[1].split("\n```")[0]
+    (tmp_path / "text.txt").write_text(text * 12)
+    options = {"source": str(stories), "tokenizer": "tok512.bin", "calibration": (str(tmp_path / "text.txt"),),
+               "rows": 16, "context": 64, "report": True}
+    ids = np.load(stories / "golden_stories260K_fp64.npz")["ids"][None]
+    expected = logits(*load_pretrained(stories), ids)
+    errors = {}
+    for ratio in (1.0, 1.5):
+        out = tmp_path / f"run{ratio}"
+        main(ConvertConfig(out=str(out), cache_ratio=ratio, **options))
+        *layers, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert not out.with_name(f"{out.name}.unfinished").exists()
+        assert last["cache_ratio"] >= ratio and len(layers) == (0 if ratio == 1 else 5)
+        trained = load_trained(out)
+        assert trained.tokenizer.encode("Once").tolist() == pretrained_tokenizer(stories, "tok512.bin").encode(
+            "Once").tolist()
+        found = logits(trained.model.config, trained.params, ids)
+        errors[ratio] = float(np.mean((found - expected) ** 2) / np.mean(expected**2))
+    assert errors[1.0] < 1e-9 < errors[1.5] < 0.1
+    with pytest.raises(ValueError, match="must not exist yet"):
+        main(ConvertConfig(out=str(out), **options))
+
+
+def test_rows_of_text_take_the_files_in_turn(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 100)
+    (tmp_path / "b.txt.bz2").write_bytes(bz2.compress(b"b" * 100))
+    files = (str(tmp_path / "a.txt"), str(tmp_path / "b.txt.bz2"))
+    config = ConvertConfig("x", "y", cache_ratio=2.0, calibration=files, rows=3, context=8)
+    rows = calibration_rows(config, ByteTokenizer())
+    assert rows.shape == (3, 8) and [chr(row[0]) for row in rows] == ["a", "b", "a"]
+    with pytest.raises(ValueError, match="has 100 tokens, 13 rows of 8"):
+        calibration_rows(dataclasses.replace(config, rows=26), ByteTokenizer())
+
+
+def test_what_is_refused() -> None:
+    c, text = compiled(model_config("gqa")), np.asarray(TEXT)
+    with pytest.raises(ValueError, match="calibration=9: must have at least 2 N C = 112 tokens"):
+        reduce_gqa(c.config, c.params, text[:1, :9], target="mfa", width=14)
+    with pytest.raises(ValueError, match="width=16: must be even and in 2 .. 15"):
+        reduce_gqa(c.config, c.params, text, target="mfa", width=16)
+    alibi = dataclasses.replace(c.config, position=PositionConfig(kind="alibi"))
+    with pytest.raises(NotImplementedError, match="position='alibi'"):
+        reduce_gqa(alibi, c.params, text, target="mfa", width=8)
+    with pytest.raises(ValueError, match="cache_ratio=17.0: leaves 1.88235 elements"):
+        width_of(c.config, "mfa_kr", 17.0)
+    assert (width_of(c.config, "mfa", 2.0), width_of(c.config, "mfa_kr", 1.5)) == (8, 20)
+    for options, message in (({"cache_ratio": 0.5}, "cache_ratio=0.5"), ({"cache_ratio": 2.0}, "calibration=None"),
+                             ({"rows": 0}, "rows=0"), ({"context": 1}, "context=1"), ({"ridge": -1.0}, "ridge=-1.0")):
+        with pytest.raises(ValueError, match=message):
+            ConvertConfig("a", "b", **options)
