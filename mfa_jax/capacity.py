@@ -151,6 +151,16 @@ def training_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     return 6 * weights + 3 * model.num_layers * attention.num_heads * widths * (sequence_length + 1)
 
 
+def decoding_flops_per_token(model: ModelConfig, context: int) -> int:
+    """Model FLOPs for one decoded token at a context of `context` tokens.
+
+    `L (projections + attention + 6 D F) + 2 V D`: as the sums above, with the feed-forward and the output table.
+    """
+    attention, D = model.attention, model.model_dim
+    layer = projection_flops(attention, D) + attention_flops(attention, context) + 6 * D * model.ffn_dim
+    return model.num_layers * layer + 2 * model.vocab_size * D
+
+
 # ---- the paper's measures --------------------------------------------------------------------------------------
 
 

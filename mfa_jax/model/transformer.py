@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from mfa_jax import attention
 from mfa_jax.axes import constrain
@@ -125,6 +125,12 @@ class Transformer(nn.Module):
         """Float32 logits of normed states."""
         table = self.embed if self.config.tie_embeddings else self.unembed
         return jnp.einsum("...D,VD->...V", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def init_params(model: Transformer, key: Key[Array, ""]) -> Any:
+    """Parameters at their initial values, each with the logical names of its axes."""
+    # As many tokens as every attention kernel takes: one that was named refuses fewer.
+    return model.init(key, jnp.zeros((1, 128), jnp.int32))["params"]
 
 
 def layer_frequencies(config: ModelConfig) -> Float[Array, "L W"] | None:

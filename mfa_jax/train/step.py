@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from mfa_jax import axes
-from mfa_jax.config import TrainConfig
+from mfa_jax.config import TrainConfig, require
 from mfa_jax.model.loss import LossSums, cross_entropy
-from mfa_jax.model.transformer import Transformer, unembedding
+from mfa_jax.model.transformer import Transformer, init_params, unembedding
 from mfa_jax.train.optimizer import state_shardings
 
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
@@ -36,9 +36,8 @@ class TrainState(NamedTuple):
 
 def state_layout(config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
     """The abstract state, every leaf with its sharding: what a restore needs, and where `create_state` puts things."""
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    params_at = axes.shardings(boxed, mesh)
-    abstract = jax.eval_shape(_state_from_key(config, model, optimizer), jax.random.key(0))
+    params_at = axes.shardings(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), mesh)
+    abstract = jax.eval_shape(lambda: _state_from_key(config, model, optimizer)(jax.random.key(0)))
     everywhere = NamedSharding(mesh, PartitionSpec())
     at = abstract._replace(
         step=everywhere, params=params_at, rng=everywhere,
@@ -58,7 +57,7 @@ def create_state(
 
 def _state_from_key(config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation) -> Callable:
     def create(key: Key[Array, ""]) -> TrainState:
-        params = nn.unbox(model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
+        params = nn.unbox(init_params(model, key))
         ema = jax.tree.map(jnp.copy, params) if config.ema_decay is not None else {}
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jax.random.fold_in(key, 1))
 
@@ -122,6 +121,25 @@ def make_train_step(
         return _where(bad_leaf < 0, moved, state), metrics
 
     return step
+
+
+def jit_step(step: Callable[[TrainState, Any], Any], layout: TrainState) -> Any:
+    """A step compiled for states of that layout, which it takes over."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
+
+def require_divisible_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Refuses a batch whose rows do not divide over the mesh.
+
+    Raises:
+      ValueError: with the rows and the shards.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    part = config.data.batch_size // config.accumulate
+    require(part % shards == 0, "data.batch_size", config.data.batch_size,
+            f"each of accumulate={config.accumulate} parts has {part} rows; must be a multiple of the "
+            f"{shards} shards of mesh data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}")
 
 
 def _where(condition: Array, moved: TrainState, state: TrainState) -> TrainState:
