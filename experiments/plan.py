@@ -37,7 +37,7 @@ from mfa_jax.plan import (
 )
 from mfa_jax.plan.programs import decoding_arguments, training_arguments
 from mfa_jax.plan.search import POLICIES, Program
-from mfa_jax.presets import MODEL_PRESETS, model_preset
+from mfa_jax.presets import model_preset
 
 GIB = 2**30
 Remat = Literal["none", "dots", "full"]
@@ -69,6 +69,8 @@ class Arguments:
     """What parameters are stored in; none for float32 in training, bfloat16 in decoding."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
     """What the cache holds."""
+    vocab_size: int | None = None
+    """Rows of the tables in place of the model's own number, where that does not divide over `tensor`."""
     suggest: bool = True
     """Also look for the smallest slice that it fits, which compiles for some others."""
     json: bool = False
@@ -80,7 +82,7 @@ class Arguments:
         return self.batch_tokens if self.decode else self.batch_tokens // self.seq
 
     def __post_init__(self) -> None:
-        require(self.model in MODEL_PRESETS, "model", self.model, f"must be one of {', '.join(MODEL_PRESETS)}")
+        model_preset(self.model)  # refuses a name it does not know
         for name in ("batch_tokens", "seq", "accumulate"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         require(self.decode or self.batch_tokens % self.seq == 0, "batch_tokens", self.batch_tokens,
@@ -108,7 +110,9 @@ def mesh_config(text: str) -> MeshConfig:
 def model_of(arguments: Arguments, remat: Remat) -> ModelConfig:
     """The model as it is compiled."""
     stored: DType = arguments.param_dtype or ("bfloat16" if arguments.decode else "float32")
-    return dataclasses.replace(model_preset(arguments.model), dtype=arguments.dtype, param_dtype=stored, remat=remat)
+    model = model_preset(arguments.model)
+    return dataclasses.replace(model, dtype=arguments.dtype, param_dtype=stored, remat=remat,
+                               vocab_size=arguments.vocab_size or model.vocab_size)
 
 
 def program_of(arguments: Arguments) -> Program:
@@ -153,7 +157,7 @@ def to_json(arguments: Arguments, plan: Plan, suggestion: Suggestion | None) -> 
     return json_format.dumps({
         "request": dataclasses.asdict(arguments), "jax": jax.__version__, "compiler": compiler_version(),
         "chip": {k: v for k, v in dataclasses.asdict(chip).items() if k != "slices"},
-        "parameters": model_parameters(model_preset(arguments.model)).total, "predicted_not_measured": True,
+        "parameters": model_parameters(model_of(arguments, "full")).total, "predicted_not_measured": True,
         "plan": dataclasses.asdict(plan), "suggestion": suggestion and dataclasses.asdict(suggestion)}, indent=2)
 
 
@@ -170,7 +174,7 @@ def print_tables(arguments: Arguments, plan: Plan, suggestion: Suggestion | None
     """What a reader wants to know, in the order of the questions: does it fit, what does it do, how long, what else."""
     what = (f"decoding {arguments.rows} rows with {arguments.seq} tokens of cache in {arguments.cache_dtype}"
             if arguments.decode else f"a training step of {arguments.rows} rows of {arguments.seq} tokens")
-    count = model_parameters(model_preset(arguments.model)).total
+    count = model_parameters(model_of(arguments, "full")).total
     console.print(f"[bold]{arguments.model}[/bold] ({count / 1e9:.3g} B parameters): {what}, on {plan.topology} as "
                   f"{' x '.join(f'{axis}={size}' for axis, size in plan.mesh.items()) or 'one chip'}")
     chip = parse_topology(arguments.topology).chip

@@ -4,7 +4,7 @@ Letters (einsum subscripts and shape annotations, upper case unless noted; a let
 
   B batch · T query positions · S cached positions · D model width · N query heads · K key heads · G = N/K ·
   H head width on the query-key side · h value width · C latent width · Q query rank · R rope width ·
-  F feed-forward width · V vocabulary · L layers
+  F feed-forward width · E experts · A experts of a token · V vocabulary · L layers
 
 Parameters name their axes with the fields of `AxisRules`; a name that is not a field, or two names of one array on
 one mesh axis, is an error. The scanned layer axis is never sharded: XLA's partitioner computes wrong gradients for
@@ -39,6 +39,7 @@ class AxisRules:
     latent: tuple[str, ...] | str | None = None
     query_rank: tuple[str, ...] | str | None = None
     ffn: tuple[str, ...] | str | None = "tensor"
+    experts: tuple[str, ...] | str | None = "expert"
     vocab: tuple[str, ...] | str | None = "tensor"
     layers: None = None
 
@@ -89,6 +90,21 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, RULES.spec(*names))
+
+
+def splits(shape: Sequence[int], *names: str | None) -> list[tuple[str, ...]] | None:
+    """Mesh axes that split each axis of an array, for `shard_map` on the ambient mesh; None where there is none.
+
+    Axes of size 1 are left out, and those that do not divide what they would split: their devices then compute the
+    same. There is no mesh to split over inside a `shard_map` either.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return None
+    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in RULES.spec(*names)]
+    entries = [tuple(axis for axis in entry if mesh.shape[axis] > 1) for entry in entries]
+    return [entry if size % math.prod(mesh.shape[axis] for axis in entry) == 0 else ()
+            for size, entry in zip(shape, entries, strict=True)]
 
 
 def shardings(abstract: Any, mesh: Mesh) -> Any:

@@ -63,18 +63,49 @@ class ModelParameters:
     """Embedding table, and the output table where it is not tied."""
     non_embedding: int
     """Blocks and final norm."""
+    active: int
+    """What serves one token: blocks without the experts it is not sent to, final norm, output table."""
 
     @property
     def total(self) -> int:
         return self.embedding + self.non_embedding
 
 
+def feed_forward_shapes(model: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a layer's feed-forward, SwiGLU or experts, by the name and with the shape modules give it."""
+    D, moe = model.model_dim, model.moe
+    if moe is None or layer not in model.moe_layers:
+        F = model.ffn_dim
+        return {"W_gate": (D, F), "W_up": (D, F), "W_down": (F, D)}
+    E, F, S = moe.num_experts, moe.expert_dim, moe.shared_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "router": (D, E), "experts_gate": (E, D, F), "experts_up": (E, D, F), "experts_down": (E, F, D)}
+    if moe.bias_update_rate is not None:
+        shapes["router_bias"] = (E,)
+    return shapes | ({"shared/W_gate": (D, S), "shared/W_up": (D, S), "shared/W_down": (S, D)} if S else {})
+
+
+def _active(name: str, shape: tuple[int, ...], model: ModelConfig) -> int:
+    """Elements of a parameter that serve one token."""
+    if model.moe is not None and name.startswith("experts_"):
+        shape = (model.moe.experts_per_token, *shape[1:])
+    return math.prod(shape)
+
+
 def model_parameters(model: ModelConfig) -> ModelParameters:
-    """`L (attention + 2 D + 3 D F) + D` beside the tables: two norms and a SwiGLU a block, one final norm."""
-    D = model.model_dim
-    block = attention_parameters(model.attention, D) + 2 * D + 3 * D * model.ffn_dim
-    tables = 1 if model.tie_embeddings else 2
-    return ModelParameters(embedding=tables * model.vocab_size * D, non_embedding=model.num_layers * block + D)
+    """`sum_l (attention + 2 D + ffn_l) + D` beside the tables: two norms a block, one final norm.
+
+    `ffn_l = 3 D F` for a SwiGLU; `D E + 3 E D F + 3 D S` for E experts of width F beside a shared one of width S, and E
+    more for selection biases.
+    """
+    D, table = model.model_dim, model.vocab_size * model.model_dim
+    ffn = [feed_forward_shapes(model, layer) for layer in range(model.num_layers)]
+    others = model.num_layers * (attention_parameters(model.attention, D) + 2 * D) + D
+    return ModelParameters(
+        embedding=table if model.tie_embeddings else 2 * table,
+        non_embedding=others + sum(math.prod(shape) for shapes in ffn for shape in shapes.values()),
+        active=others + sum(_active(*item, model) for shapes in ffn for item in shapes.items()) + table,
+    )
 
 
 # ---- cache -----------------------------------------------------------------------------------------------------
@@ -133,8 +164,9 @@ def projection_flops(attention: AttentionConfig, model_dim: int) -> int:
 def training_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     """Model FLOPs of forward and backward for one trained token, the numerator of model FLOPs utilisation.
 
-    `6 P + 3 L N (H + h) (T + 1)`: `P` counts the elements of every matrix a token is multiplied with (blocks and the
-    output table, tied or not; not the embedding look-up, norms, alpha), 2 FLOPs forward and 4 backward. A causal row
+    `6 P + 3 L N (H + h) (T + 1)`: `P` counts the elements of every matrix a token is multiplied with (blocks, with the
+    experts it is sent to, and the output table, tied or not; not the embedding look-up, norms, alpha, biases), 2 FLOPs
+    forward and 4 backward. A causal row
     of `T` tokens has `(T + 1) / 2` keys a query on average; `H` and `h` are the widths of a head's key and value when
     nothing is absorbed. Recomputation (remat) is not counted.
     Source: Chowdhery et al., arXiv 2204.02311, appendix B, with the causal half.
@@ -147,18 +179,10 @@ def training_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     else:
         widths = 2 * attention.latent_dim
     matrices = sum(math.prod(s) for s in parameter_shapes(attention, D).values() if len(s) > 1)
-    weights = model.num_layers * (matrices + 3 * D * model.ffn_dim) + model.vocab_size * D
+    ffn = sum(_active(name, shape, model) for layer in range(model.num_layers)
+              for name, shape in feed_forward_shapes(model, layer).items() if len(shape) > 1)
+    weights = model.num_layers * matrices + ffn + model.vocab_size * D
     return 6 * weights + 3 * model.num_layers * attention.num_heads * widths * (sequence_length + 1)
-
-
-def decoding_flops_per_token(model: ModelConfig, context: int) -> int:
-    """Model FLOPs for one decoded token at a context of `context` tokens.
-
-    `L (projections + attention + 6 D F) + 2 V D`: as the sums above, with the feed-forward and the output table.
-    """
-    attention, D = model.attention, model.model_dim
-    layer = projection_flops(attention, D) + attention_flops(attention, context) + 6 * D * model.ffn_dim
-    return model.num_layers * layer + 2 * model.vocab_size * D
 
 
 # ---- the paper's measures --------------------------------------------------------------------------------------

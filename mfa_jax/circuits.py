@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mfa_jax.config import require
+from mfa_jax.layers import at_path, stacked_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +89,13 @@ def circuits(params: Any, layer: int) -> Circuits:
     Raises:
       ValueError: no such layer, or not the parameters of an attention variant.
     """
-    stacked = params["layers"]["attention"]
-    num_layers = next(iter(stacked.values())).shape[0]
+    blocks = stacked_blocks(params["layers"])
+    num_layers = sum(len(indices) for _, indices in blocks)
     require(0 <= layer < num_layers, "layer", layer, f"must be in 0 .. {num_layers - 1}")
+    path, indices = next(block for block in blocks if layer in block[1])
+    stacked = at_path(params["layers"], path)["attention"]
     p = {name: leaf["scale"] if isinstance(leaf, dict) else leaf for name, leaf in stacked.items()}
-    p = {name: np.asarray(leaf[layer], np.float64) for name, leaf in p.items()}
+    p = {name: np.asarray(leaf[indices.index(layer)], np.float64) for name, leaf in p.items()}
     if "W_DKV" in p:
         return _mla(p)
     if "W_K" in p:

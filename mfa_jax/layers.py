@@ -54,3 +54,31 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return normed.astype(self.dtype) * scale.astype(self.dtype)
+
+
+def stacked_blocks(layers: Any) -> list[tuple[tuple[str, ...], range]]:
+    """Where a model's blocks lie in its parameters `layers`: the path to each stacked block, and its layers in order.
+
+    A model of equal blocks has one, at the empty path. One of dense blocks and blocks with experts has segments, each
+    a pattern of blocks that repeats: row r of `segment_s/block_j` is layer `start_s + r * blocks_s + j`.
+    """
+    def rows(block: Any) -> int:
+        return int(jax.tree.leaves(block)[0].shape[0])
+
+    if "segment_0" not in layers:
+        return [((), range(rows(layers)))]
+    found: list[tuple[tuple[str, ...], range]] = []
+    start = 0
+    for s in range(len(layers)):
+        segment = layers[f"segment_{s}"]
+        stop = start + len(segment) * rows(segment)
+        found += [((f"segment_{s}", f"block_{j}"), range(start + j, stop, len(segment))) for j in range(len(segment))]
+        start = stop
+    return found
+
+
+def at_path(tree: Any, path: tuple[str, ...]) -> Any:
+    """The subtree of nested dicts at a path of keys."""
+    for key in path:
+        tree = tree[key]
+    return tree

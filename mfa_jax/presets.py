@@ -1,4 +1,4 @@
-"""Named models: published attention shapes to compare with, and our own sizes with one model per variant.
+"""Named models: published attention shapes and language models, and our own sizes with one model per variant.
 
 Our own sizes share their rules, so that the six variants of a size differ in attention alone. With `H` the head width
 of the MHA model (`D / 8`; `D / 12` at base):
@@ -8,13 +8,15 @@ of the MHA model (`D / 8`; `D / 12` at base):
 - GQA: two key heads, which makes its cache that of MFA (`2 K H = 2 C`) and divides over two shards.
 - MLA: `C = 4H`, `R = H/2`, key and value parts of `H`, DeepSeek's ratios (512 and 64 for 128).
 - Heads solve for the parameters of the MHA layer, and the feed-forward takes up the rest (`matched`).
+
+Each also comes as `NAME-moe`, with experts in all layers but the first (`with_experts`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mfa_jax.capacity import attention_parameters
 from mfa_jax.config import (
@@ -25,6 +27,7 @@ from mfa_jax.config import (
     MFAKRConfig,
     MLAConfig,
     ModelConfig,
+    MoEConfig,
     require,
 )
 
@@ -98,12 +101,20 @@ MODEL_PRESETS = tuple(f"{scale}-{variant.replace('_', '-')}" for scale in _SCALE
 
 
 def model_preset(name: str) -> ModelConfig:
-    """The language model of that name: byte vocabulary, tied embeddings, rope, SwiGLU of about `8/3 D`.
+    """The language model of that name.
+
+    Those of `MODEL_PRESETS` have a byte vocabulary, tied embeddings, rope and a SwiGLU of about `8/3 D`, with the
+    ending `-moe` experts; those of `language_models` say there where their numbers are from.
 
     Raises:
-      ValueError: a name that is not in `MODEL_PRESETS`.
+      ValueError: a name that is none of these.
     """
-    require(name in MODEL_PRESETS, "preset", name, f"must be one of {', '.join(MODEL_PRESETS)}")
+    if name in language_models:
+        return language_models[name].config
+    if name.endswith("-moe") and name.removesuffix("-moe") in MODEL_PRESETS:
+        return with_experts(model_preset(name.removesuffix("-moe")))
+    require(name in MODEL_PRESETS, "preset", name,
+            f"must be one of {', '.join(MODEL_PRESETS)}, one of these with -moe, {', '.join(language_models)}")
     scale_name, _, variant = name.partition("-")
     scale = _SCALES[scale_name]
     D, H = scale.model_dim, scale.head_dim
@@ -123,6 +134,24 @@ def model_preset(name: str) -> ModelConfig:
         "mfa-kr": MFAKRConfig(latent_dim=2 * H, query_rank=2 * H),
     }
     return reference if variant == "mha" else matched(reference, templates[variant])
+
+
+def with_experts(model: ModelConfig) -> ModelConfig:
+    """`model` with experts in all layers but the first: as much work a token, three times the feed-forward parameters.
+
+    Eight experts and a shared one, each a third as wide as the feed-forward, two chosen a token by sigmoid scores;
+    the load is kept even by biases and a light loss over rows, with the weights of DeepSeek-V3 (arXiv 2412.19437,
+    section 4.2).
+
+    Raises:
+      ValueError: a model of one layer.
+    """
+    require(model.num_layers > 1, "num_layers", model.num_layers, "must be at least 2: the first layer stays dense")
+    width = 8 * _nearest(model.ffn_dim, 24)
+    moe = MoEConfig(num_experts=8, experts_per_token=2, expert_dim=width, shared_dim=width,
+                    layers=tuple(range(1, model.num_layers)), scores="sigmoid", balance_loss=1e-4,
+                    balance_over="sequence", bias_update_rate=1e-3)
+    return dataclasses.replace(model, moe=moe)
 
 
 # ---- published shapes ------------------------------------------------------------------------------------------
@@ -173,6 +202,47 @@ published: dict[str, PublishedModel] = {
     )
 }
 """Attention shapes of released models and of the paper's 7B family, by name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A published mixture-of-experts model, and which of its numbers are published."""
+
+    config: ModelConfig
+    published: str
+    """Numbers that are printed or released, and where."""
+    assumed: str
+    """Numbers that are ours, and what they were chosen by."""
+
+
+def _language_model(name: str, moe: MoEConfig, published_numbers: str, assumed: str, **fields: Any) -> LanguageModel:
+    shape = published[name]
+    config = ModelConfig(num_layers=shape.num_layers, model_dim=shape.model_dim, attention=shape.attention, moe=moe,
+                         tie_embeddings=False, dtype="bfloat16", **fields)
+    return LanguageModel(config, published_numbers, assumed)
+
+
+_PAPER_7B = MoEConfig(num_experts=48, experts_per_token=4, expert_dim=896, shared_dim=896, balance_loss=0.01)
+_STEP3 = MoEConfig(num_experts=48, experts_per_token=3, expert_dim=5120, shared_dim=5120, layers=tuple(range(4, 60)),
+                   renormalize=False)
+
+language_models: dict[str, LanguageModel] = {
+    **{name: _language_model(
+        name, _PAPER_7B, "7B parameters, about 1.2B of them active (arXiv 2412.19255); attention as in `published`",
+        "48 experts of width 896, 4 a token and 1 shared, in every layer, and a vocabulary of 65536: with attention "
+        "they make 7.1B and 1.2B; router and balance loss", vocab_size=65536, ffn_dim=3584)
+       for name in published if name.startswith("paper-7b-")},
+    "step3": _language_model(
+        "step3", _STEP3, "316B parameters, 38B active, 61 layers, 5 of them dense, 48 experts of which 3 are chosen, 1 "
+        "shared, D = 7168, query rank 2048 (model card and arXiv 2507.19427); widths 5120 and 18432, dense layers 0 to "
+        "3 and 60, vocabulary 128815, softmax scores that are not renormalised, rope base 500000, eps 1e-5 (the "
+        "released configuration, as serving engines carry it)", "nothing that the count depends on; how the load was "
+        "balanced in training is not said, no balance loss is set", vocab_size=128815, ffn_dim=18432),
+}
+"""Whole language models, by name: the paper's 7B family and the text model of Step-3.
+
+Step-3's vocabulary divides over no even `tensor` axis: rows added to it (`--model.vocab-size 128896`) do.
+"""
 
 
 def attention_shape(name: str) -> PublishedModel:

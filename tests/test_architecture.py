@@ -16,7 +16,7 @@ MAX_FILE, MAX_FUNCTION = 300, 60
 _VARIANT = {"config", "axes", "cache", "positions", "kernels", "layers", "attention.core", "attention.cached",
             "attention.encoding"}
 _CORE = {"positions", "kernels", "attention.core", "attention.blockwise", "attention.library"}
-_MODEL = {"attention", "config", "axes", "cache", "layers", "positions", "model"}
+_MODEL = {"attention", "config", "axes", "cache", "kernels.calls", "layers", "positions", "model"}
 _USES_MODEL = _MODEL | {"capacity", "data", "kernels"}
 # Room (a module or package of mfa_jax) -> the rooms it may import; a package's name stands for all that is in it.
 # A module obeys its most specific row. A room may import its own submodules only where it lists itself.

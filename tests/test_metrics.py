@@ -66,6 +66,8 @@ def test_bad_values(tmp_path: Path) -> None:
             writer.write(1, {"loss": jnp.ones(2)})
         with pytest.raises(ValueError, match="metric='step': is the writer's own"):
             writer.write(1, {"step": 1})
+        with pytest.raises(ValueError, match=r"metric counts=\[1, nan\]: must be a list of finite numbers"):
+            writer.write(1, {"counts": [1, float("nan")]})
         assert lines(writer.path) == []
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(NotADirectoryError, match="file"):

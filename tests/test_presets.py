@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfa_jax import capacity
 from mfa_jax.config import VARIANTS, GQAConfig, MFAConfig, MFAKRConfig, MLAConfig, ModelConfig, from_dict, to_dict
-from mfa_jax.presets import MODEL_PRESETS, attention_shape, match_heads, matched, model_preset, published
+from mfa_jax.layers import stacked_blocks
+from mfa_jax.model.transformer import Transformer
+from mfa_jax.presets import (
+    MODEL_PRESETS,
+    attention_shape,
+    language_models,
+    match_heads,
+    matched,
+    model_preset,
+    published,
+    with_experts,
+)
 
 SCALES = ("tiny", "nano", "small", "base")
 
@@ -138,7 +153,71 @@ def test_attention_shape_reads_presets() -> None:
     assert (shape.num_layers, shape.model_dim, shape.attention) == (model.num_layers, model.model_dim, model.attention)
 
 
-@pytest.mark.parametrize("name", ["tiny-mfa_kr", "tiny", "huge-mfa", "", "step3"])
+@pytest.mark.parametrize("name", ["tiny-mfa_kr", "tiny", "huge-mfa", "", "step4", "step3-moe", "tiny-moe"])
 def test_unknown_preset_lists_what_is_accepted(name: str) -> None:
-    with pytest.raises(ValueError, match=r"must be one of tiny-mha, .*base-mfa-kr$"):
+    with pytest.raises(ValueError, match=r"must be one of tiny-mha, .*base-mfa-kr, one of these with -moe, .*step3$"):
         model_preset(name)
+
+
+@pytest.mark.parametrize("name", MODEL_PRESETS)
+def test_a_preset_with_experts_works_as_much_and_holds_more(name: str) -> None:
+    dense, sparse = model_preset(name), model_preset(f"{name}-moe")
+    assert sparse == with_experts(dense) and sparse.moe_layers == tuple(range(1, dense.num_layers))
+    counts = [capacity.model_parameters(model) for model in (dense, sparse)]
+    assert abs(counts[1].active / counts[0].active - 1) < 0.08  # the router, and the rounding of a third
+    assert counts[1].total > 1.5 * counts[0].total
+    with pytest.raises(ValueError, match="num_layers=1: must be at least 2"):
+        with_experts(dataclasses.replace(dense, num_layers=1))
+
+
+# ---- published language models ----
+
+
+def abstract_parameters(model: ModelConfig) -> Any:
+    """Shapes alone: nothing of the 316B is ever allocated."""
+    return nn.unbox(jax.eval_shape(Transformer(model).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"]
+
+
+@pytest.mark.parametrize("name", language_models)
+def test_a_language_model_has_the_parameters_of_the_closed_form(name: str) -> None:
+    model = model_preset(name)
+    assert model is language_models[name].config
+    counted = sum(leaf.size for leaf in jax.tree.leaves(abstract_parameters(model)))
+    assert counted == capacity.model_parameters(model).total
+    assert model.attention == published[name].attention == attention_shape(name).attention
+    assert from_dict(ModelConfig, to_dict(model)) == model
+
+
+def test_step3_has_the_parameters_of_the_released_text_model() -> None:
+    """Tensor by tensor, as the checkpoint holds them; the model card prints 316B and 38B."""
+    D, Q, N, C, V = 7168, 2048, 64, 256, 128815
+    attention = D * (Q + C + C) + Q + Q * N * C + N * C * D  # qkv_proj, inter_norm, wq, o_proj
+    norms = 2 * D
+    dense = 3 * D * 18432
+    expert = 3 * D * 5120
+    experts = 48 * D + 48 * expert + expert  # gate, moe, share_expert
+    total = 61 * (attention + norms) + 5 * dense + 56 * experts + D + 2 * V * D
+    found = capacity.model_parameters(model_preset("step3"))
+    assert found.total == total == 316_294_538_240
+    assert found.active == total - 56 * 45 * expert - V * D == 37_917_982_720
+    assert (round(found.total / 1e9), round(found.active / 1e9)) == (316, 38)
+    layers = abstract_parameters(model_preset("step3"))["layers"]
+    assert {path: (indices[0], indices[-1]) for path, indices in stacked_blocks(layers)} == {
+        ("segment_0", "block_0"): (0, 3), ("segment_1", "block_0"): (4, 59), ("segment_2", "block_0"): (60, 60)}
+
+
+@pytest.mark.parametrize("variant", ["mha", "mla", "mfa", "mfa-kr"])
+def test_the_papers_7b_models_have_7b_parameters_and_1_2b_active(variant: str) -> None:
+    found = capacity.model_parameters(model_preset(f"paper-7b-{variant}"))
+    assert (round(found.total / 1e9), round(found.active / 1e9, 1)) == (7, 1.2)
+    mha = capacity.model_parameters(model_preset("paper-7b-mha"))
+    assert abs(found.active / mha.active - 1) < 0.01
+
+
+def test_training_flops_follow_the_active_parameters() -> None:
+    """Of the Step-3 step, all but attention scores and norms: 6 a matrix element that serves a token."""
+    model = model_preset("step3")
+    scores = 3 * 61 * 64 * 2 * 256 * 2
+    vectors = 61 * (2048 + 2 * 7168) + 7168
+    assert capacity.training_flops_per_token(model, 1) - scores == 6 * (
+        capacity.model_parameters(model).active - vectors)

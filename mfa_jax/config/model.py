@@ -7,6 +7,7 @@ from typing import Literal
 
 from mfa_jax.config.attention import AttentionConfig, MFAConfig, PositionConfig
 from mfa_jax.config.checks import require, require_positive
+from mfa_jax.config.moe import MoEConfig
 
 DType = Literal["float32", "bfloat16"]
 
@@ -15,7 +16,7 @@ _ROTATED_FIELD = {"gqa": "head_dim", "mla": "rope_dim", "mfa": "latent_dim", "mf
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only language model: pre-norm RMSNorm, attention, SwiGLU."""
+    """A decoder-only language model: pre-norm RMSNorm, attention, SwiGLU or a mixture of such experts."""
 
     vocab_size: int = 264
     """V, token ids are 0 .. V - 1."""
@@ -24,13 +25,15 @@ class ModelConfig:
     model_dim: int = 64
     """D, width of the residual stream."""
     ffn_dim: int = 192
-    """F, hidden width of the SwiGLU feed-forward."""
+    """F, hidden width of the SwiGLU feed-forward of a dense layer."""
     attention: AttentionConfig = dataclasses.field(default_factory=MFAConfig)
     """The attention variant and its widths."""
     position: PositionConfig = dataclasses.field(default_factory=PositionConfig)
     """Rope, ALiBi or none."""
     inv_freq: tuple[tuple[float, ...], ...] | None = None
     """Rope frequencies of each layer, [L, rotated width / 2], in place of base and scaling; None for those."""
+    moe: MoEConfig | None = None
+    """Experts in place of the feed-forward of some or all layers; None for a dense model."""
     tie_embeddings: bool = True
     """Read logits out with the embedding table."""
     norm_eps: float = 1e-5
@@ -47,6 +50,8 @@ class ModelConfig:
     """Attention of decoding, by name; auto resolves by device and shape, `kernels.resolve` says to what."""
     decode_layout: Literal["auto", "heads", "batch", "sequence"] = "auto"
     """What the tensor axis of a mesh splits of a cache; `kernels.sharded.choose` says what auto takes."""
+    expert_implementation: Literal["auto", "ragged_dot", "megablox", "megablox_interpret"] = "auto"
+    """Grouped matrix product of the experts, by name; auto resolves by device, `grouped.resolve` says to what."""
     depth_scaled_init: bool = True
     """Projections into the residual stream start smaller by sqrt(2 L)."""
 
@@ -62,3 +67,13 @@ class ModelConfig:
             require(len(self.inv_freq) == self.num_layers and all(len(row) == width // 2 for row in self.inv_freq),
                     "inv_freq", f"{len(self.inv_freq)} rows",
                     f"must be num_layers={self.num_layers} rows of {width // 2} frequencies")
+        if self.moe is not None and self.moe.layers is not None:
+            require(0 <= self.moe.layers[0] and self.moe.layers[-1] < self.num_layers, "moe.layers", self.moe.layers,
+                    f"must be in 0 .. {self.num_layers - 1}")
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have experts."""
+        if self.moe is None:
+            return ()
+        return tuple(range(self.num_layers)) if self.moe.layers is None else self.moe.layers

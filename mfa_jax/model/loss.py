@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from mfa_jax.axes import RULES
+from mfa_jax.axes import splits
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits that a device holds at a time, in elements: 64 MiB in float32."""
@@ -40,18 +39,10 @@ def cross_entropy(
     the table is gathered once and its gradient summed once: left to the compiler, both would happen in every chunk.
     """
     table = table.astype(hidden.dtype)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+    tokens, tables = splits(targets.shape, "batch", "sequence"), splits(table.shape, "vocab", None)
+    if tokens is None or tables is None:
         return _local_sums(hidden, table, targets, mask, z_loss, chunk_elements, ())
-
-    def split(array: Array, *names: str | None) -> list[tuple[str, ...]]:
-        """Mesh axes of each axis; none where they do not divide it, and their devices compute the same."""
-        entries = [(entry,) if isinstance(entry, str) else entry or () for entry in RULES.spec(*names)]
-        entries = [tuple(axis for axis in entry if mesh.shape[axis] > 1) for entry in entries]
-        return [entry if size % math.prod(mesh.shape[axis] for axis in entry) == 0 else ()
-                for size, entry in zip(array.shape, entries, strict=True)]
-
-    tokens, (vocabulary, _) = split(targets, "batch", "sequence"), split(table, "vocab", None)
+    vocabulary = tables[0]
     over = tuple(axis for entry in tokens for axis in entry)
 
     def local(hidden: Array, table: Array, targets: Array, mask: Array) -> LossSums:

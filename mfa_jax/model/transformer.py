@@ -13,50 +13,22 @@ from mfa_jax import attention
 from mfa_jax.axes import constrain
 from mfa_jax.cache import Cache
 from mfa_jax.config import ModelConfig
-from mfa_jax.layers import RMSNorm, partitioned
-from mfa_jax.model.layers import SwiGLU
+from mfa_jax.layers import RMSNorm, at_path, partitioned, stacked_blocks
+from mfa_jax.model.embedding import look_up
+from mfa_jax.model.moe import Routing
+from mfa_jax.model.stack import Block, Stack, layer_kinds, rematerialised, scanned
 from mfa_jax.positions import rope_frequencies
-
-_REMAT_POLICIES: dict[str, Any] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + ffn(norm(x))`."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None,
-        cache: Cache | None, inv_freq: Float[Array, " W"] | None,
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        c = self.config
-        types: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
-        out_scale = (2 * c.num_layers) ** -0.5 if c.depth_scaled_init else 1.0
-        x = constrain(x, "batch", None, "act_embed")
-        with jax.named_scope(c.attention.variant):
-            serving = attention.Serving(c.decode_implementation, c.attention_implementation, c.decode_layout)
-            mixer = attention.build(c.attention, c.position, implementation=c.attention_implementation, serving=serving,
-                                    out_scale=out_scale, name="attention", **types)
-            normed = RMSNorm(c.norm_eps, name="attention_norm", **types)(x)
-            y, cache = mixer(normed, positions, segments, cache, inv_freq)
-            x = x + y
-        with jax.named_scope("ffn"):
-            ffn = SwiGLU(c.ffn_dim, out_scale=out_scale, name="ffn", **types)
-            x = x + ffn(RMSNorm(c.norm_eps, name="ffn_norm", **types)(x))
-        return x, cache
 
 
 class Transformer(nn.Module):
     """The decoder-only model of a `ModelConfig`.
 
     With `scan_layers` the blocks are one scanned block whose parameters and caches carry a leading layer axis: one
-    compilation of a block, whatever L is; training and checkpoints use this form. Without it the blocks stand one
-    after the other (`unstack_layers` makes their parameters) and the caches are a tuple: decoding uses that form,
-    since a scan copies every layer's cache in each step.
+    compilation of a block, whatever L is; training and checkpoints use this form. Where some layers have experts and
+    some have not, `layers` holds segments, each scanned (`layers.stacked_blocks` says which layer lies where); caches
+    are stacked over all layers all the same. Without it the blocks stand one after the other (`unstack_layers` makes
+    their parameters) and the caches are a tuple: decoding uses that form, since a scan copies every layer's cache in
+    each step.
 
     Parameters: `embed [V, D]` and, unless tied, `unembed [V, D]` (normal, standard deviation D ** -0.5, so that logits
     of a normed state start with unit variance), `layers`, `final_norm`.
@@ -73,14 +45,13 @@ class Transformer(nn.Module):
         if not c.tie_embeddings:
             self.unembed = self.param("unembed", table, (c.vocab_size, c.model_dim), param_dtype)
         self.final_norm = RMSNorm(c.norm_eps, jnp.dtype(c.dtype), param_dtype)
-        if self.scan_layers:
-            block = Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[c.remat])
-            self.layers: Any = nn.scan(
-                block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers,
-                in_axes=(nn.broadcast, nn.broadcast, 0, 0), out_axes=0, metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c)
+        kinds = layer_kinds(c)
+        if not self.scan_layers:
+            self.layers: Any = [Block(c, has_experts) for has_experts in kinds]
+        elif len(set(kinds)) == 1:
+            self.layers = scanned(rematerialised(c), c.num_layers, config=c, has_experts=kinds[0])
         else:
-            self.layers = [Block(c) for _ in range(c.num_layers)]
+            self.layers = Stack(c)
 
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None,
@@ -102,24 +73,33 @@ class Transformer(nn.Module):
           segments: documents packed in a row, from 1; 0 is padding. None for one document.
           cache: as `init_cache` made it, for the same `scan_layers`; None in training.
         """
+        x, cache, _ = self.hidden_and_routing(tokens, positions, segments, cache)
+        return x, cache
+
+    def hidden_and_routing(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None, cache: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any, Routing | None]:
+        """As `hidden`, with what the routers did: a row for each of `config.moe_layers`, None for a dense model."""
         c = self.config
         if positions is None:
             start = 0 if cache is None else cache_length(cache)[:, None]
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-        # Gathering from a table that is split in both axes makes the partitioner rematerialise it; gathering from the
-        # whole table does not.
-        x = jnp.take(constrain(self.embed, None, None), tokens, axis=0).astype(c.dtype)
+        x = look_up(self.embed, tokens, c.dtype)
         inv_freq = layer_frequencies(c)
         if self.scan_layers:
-            x, cache = self.layers(x, positions, segments, cache, inv_freq)
+            x, (cache, routing) = self.layers(x, positions, segments, cache, inv_freq)
         else:
-            caches = []
+            caches, routings = [], []
             for i, block in enumerate(self.layers):
-                x, layer_cache = block(x, positions, segments, None if cache is None else cache[i],
-                                       None if inv_freq is None else inv_freq[i])
+                x, (layer_cache, layer_routing) = block(
+                    x, positions, segments, None if cache is None else cache[i],
+                    None if inv_freq is None else inv_freq[i])
                 caches.append(layer_cache)
+                routings += [] if layer_routing is None else [layer_routing]
             cache = None if cache is None else tuple(caches)
-        return self.final_norm(constrain(x, "batch", None, "act_embed")), cache
+            routing = jax.tree.map(lambda *rows: jnp.stack(rows), *routings) if routings else None
+        return self.final_norm(constrain(x, "batch", None, "act_embed")), cache, routing
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits of normed states."""
@@ -151,8 +131,12 @@ def unembedding(params: Any, config: ModelConfig) -> Float[Array, "V D"]:
 def unstack_layers(params: Any, num_layers: int) -> Any:
     """Parameters of `scan_layers=True` as those of `scan_layers=False`."""
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    layers = {f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(num_layers)}  # noqa: B023
-    return {**rest, **layers}
+    layers = {}
+    for path, indices in stacked_blocks(params["layers"]):
+        block = at_path(params["layers"], path)
+        for row, i in enumerate(indices):
+            layers[f"layers_{i}"] = jax.tree.map(lambda leaf: leaf[row], block)  # noqa: B023
+    return {**rest, **{name: layers[name] for name in (f"layers_{i}" for i in range(num_layers))}}
 
 
 def init_cache(

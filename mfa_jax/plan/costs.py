@@ -6,7 +6,8 @@ one multiplies by the trip counts. What it counts:
 - FLOPs of matrix products (`dot`, `convolution`) and of kernels (see `flops`), as `capacity` counts.
 - Bytes that an instruction reads from and writes to HBM: its operands and its result, without what lies in the
   memories of the chip, and of a slice only the slice. Padding to tiles is not counted, nor what a kernel reads twice.
-- Bytes of collectives, one for each channel: the TPU compiler spreads one over several fusions, which all name it.
+- Bytes of collectives. The TPU compiler spreads one over a chain of fusions that all hold it, and counts once; a
+  fusion called `all-reduce-scatter` keeps a part of a sum, and is a reduce-scatter.
 
 Of a conditional the branch with the most FLOPs counts, of equal ones that with the most bytes.
 """
@@ -107,7 +108,7 @@ class _Counter:
 
     def of(self, home: Computation, times: int) -> Iterator[Work]:
         """The work of a computation that runs so often."""
-        channels: set[str] = set()
+        chains: set[str] = set()
         for instruction in home.instructions.values():
             if instruction.opcode == "while":
                 trips = self.module.trip_count(instruction, home)
@@ -122,23 +123,24 @@ class _Counter:
                 for name in instruction.called:
                     yield from self.of(self.module.computations[name], times)
             elif instruction.opcode not in _FREE and not instruction.opcode.endswith(("-done", "-update")):
-                yield from self.one(home, instruction, times, channels)
+                yield from self.one(home, instruction, times, chains)
 
-    def one(self, home: Computation, instruction: Instruction, times: int, channels: set[str]) -> Iterator[Work]:
-        exchanged = [*self.collectives(home, instruction)]
-        for channel, collective in exchanged:
-            if channel not in channels:
-                channels.add(channel)
+    def one(self, home: Computation, instruction: Instruction, times: int, chains: set[str]) -> Iterator[Work]:
+        for chain, collective in self.collectives(home, instruction):
+            if chain not in chains:
+                chains.add(chain)
                 yield Work(collective.kind, times, collective=collective)
         flops = sum(self.flops(home, instruction))
         yield Work(instruction.name, times, flops, self.traffic(home, instruction))
 
     def collectives(self, home: Computation, instruction: Instruction) -> Iterator[tuple[str, Collective]]:
-        """Collectives of an instruction or in its fusion, each with what names it."""
+        """Collectives of an instruction or in its fusion, each with the chain of fusions it belongs to."""
         kind = instruction.opcode.removesuffix("-start").removeprefix("ragged-")
         if kind in COLLECTIVES:
-            channel = instruction.attribute("channel_id") or instruction.name
-            yield channel, _collective(kind, home, instruction)
+            chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+            scattered = home.name.startswith("all-reduce-scatter")
+            yield (f"chain {chain[1]}" if chain else f"{home.name} {instruction.name}",
+                   _collective("reduce-scatter" if scattered else kind, home, instruction))
         elif instruction.opcode == "fusion":
             for name in instruction.called:
                 inner = self.module.computations[name]

@@ -96,6 +96,18 @@ def _decode(operands: Sequence[Shape], results: Sequence[Shape]) -> float:
     return 2.0 * B * K * M * k.dims[2] * (H + results[0].dims[-1])
 
 
+def _grouped(operands: Sequence[Shape], results: Sequence[Shape]) -> float:
+    """Each row with the matrix of its group; padding rows are counted."""
+    rows = next(x for x in operands if len(x.dims) == 2)
+    return 2.0 * rows.size * results[0].dims[-1]
+
+
+def _grouped_transposed(operands: Sequence[Shape], results: Sequence[Shape]) -> float:
+    """The gradient of the groups' matrices: each row's two vectors multiplied."""
+    rows = [x for x in operands if len(x.dims) == 2][1]
+    return 2.0 * rows.dims[0] * results[0].dims[-2] * results[0].dims[-1]
+
+
 _FLOPS: dict[str, Callable[[Sequence[Shape], Sequence[Shape]], float]] = {
     # Scores, values.
     "splash_mq?h?a_fwd": _splash(1, 1),
@@ -103,6 +115,9 @@ _FLOPS: dict[str, Callable[[Sequence[Shape], Sequence[Shape]], float]] = {
     "splash_mq?h?a_dq": _splash(2, 1),
     # Scores again and the keys' gradient; the probabilities' and the values' gradient.
     "splash_mq?h?a_dkv": _splash(2, 2),
+    # JAX's megablox.
+    "gmm": _grouped,
+    "tgmm": _grouped_transposed,
     # Ours: `mfa_jax.kernels.mosaic_tpu`.
     "decode_attention": _decode,
 }

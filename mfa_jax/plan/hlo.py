@@ -138,6 +138,7 @@ def _constant(home: Computation, name: str) -> int | None:
 # ---- parsing ---------------------------------------------------------------------------------------------------
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
+_FOOTER = re.compile(r"^\}(, .*)?$")
 _START = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _KERNEL = re.compile(r'"body":"[^"]*"')
@@ -167,7 +168,7 @@ def _blocks(text: str) -> Iterator[tuple[str, bool, list[str]]]:
         header = _HEADER.match(line)
         if header and not name:
             name, is_entry, lines = header[2], bool(header[1]), []
-        elif line == "}":
+        elif _FOOTER.match(line):
             yield name, is_entry, lines
             name = ""
         elif name and _START.match(line):

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mfa_jax import capacity
-from mfa_jax.config import TrainConfig
+from mfa_jax.config import ModelConfig, TrainConfig
 from mfa_jax.plan import hlo
 from mfa_jax.plan.chips import Topology, bytes_sent, collective_seconds
 from mfa_jax.plan.compiler import DoesNotFitError, compile_program
@@ -120,9 +120,21 @@ def plan_decoding(decoding: Decoding, topology: Topology, mesh: Mesh) -> Plan:
     Raises:
       ValueError: a size of the model that does not divide over the mesh.
     """
-    flops = decoding.rows * capacity.decoding_flops_per_token(decoding.model, decoding.capacity)
+    flops = decoding.rows * decoding_flops(decoding.model, decoding.capacity)
     start = time.perf_counter()
     return _plan(lower_decoding(decoding, mesh), start, flops, topology, mesh, in_loop=True)
+
+
+def decoding_flops(model: ModelConfig, context: int) -> int:
+    """Model FLOPs for one decoded token at a context of so many tokens.
+
+    Attention as `capacity` counts it, and 2 for each other parameter that serves a token (the scales of norms, a few in
+    a million, counted in).
+    """
+    attention, D, L = model.attention, model.model_dim, model.num_layers
+    layer = capacity.projection_flops(attention, D) + capacity.attention_flops(attention, context)
+    others = capacity.model_parameters(model).active - L * capacity.attention_parameters(attention, D)
+    return L * layer + 2 * others
 
 
 def _plan(lowered: Any, start: float, flops: float, topology: Topology, mesh: Mesh, *, in_loop: bool) -> Plan:

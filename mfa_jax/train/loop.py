@@ -53,7 +53,7 @@ class TrainResult:
     """Updates done, all starts counted."""
     interrupted: bool
     """Whether a signal ended it; what was done is saved."""
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     """The last metrics, of training and, as `eval_*`, on the held-out documents."""
 
 
@@ -187,7 +187,7 @@ class _Loop:
     ) -> None:
         self.config, self.parts, self.checkpoints = config, parts, checkpoints
         self.loader, self.writer, self.bar = loader, writer, bar
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, Any] = {}
         peak = peak_flops(jax.devices()[0])
         self.flops = capacity.training_flops_per_token(config.model, config.data.sequence_length)
         self.peak = None if peak is None else peak * parts.mesh.size
@@ -236,9 +236,9 @@ class _Loop:
             raise NonFiniteError(f"step {step}: {watched_leaves(state.params)[bad]} is not finite; the run stops, its "
                                  f"checkpoints up to the last good step are in {self.checkpoints.folder}")
 
-    def _measure(self, step: int, metrics: dict[str, Any], steps: int, seconds: float) -> dict[str, float]:
+    def _measure(self, step: int, metrics: dict[str, Any], steps: int, seconds: float) -> dict[str, Any]:
         """The metrics of a step as numbers, with the speed of the last `steps` steps; shown as they are made."""
-        values = {name: float(np.asarray(value)) for name, value in metrics.items() if name != "bad_leaf"}
+        values = {name: np.asarray(value).tolist() for name, value in metrics.items() if name != "bad_leaf"}
         size = self.parts.prepared.size("train")
         rate = steps * self.config.data.batch_size * self.config.data.sequence_length / seconds
         values |= {"bits_per_byte": values["loss"] / math.log(2) / size.bytes_per_token, "tokens_per_second": rate}

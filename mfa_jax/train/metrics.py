@@ -72,22 +72,23 @@ class MetricsWriter:
             self._events = _event_writer(self.path.parent / "tensorboard", start_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line and flushes it; numbers may be jax scalars.
+        """Appends one line and flushes it; numbers may be jax scalars. Lists of numbers (the tokens of each expert) go
+        to the line alone, not to TensorBoard.
 
         Raises:
-          ValueError: a value that is neither a scalar nor a string, or is called `step` or `nonfinite`.
+          ValueError: a value that is neither a scalar nor a string nor a list, or is called `step` or `nonfinite`.
           OSError: the disk is full.
         """
         if self._file is None:
             return
-        plain = {name: _scalar(name, value) for name, value in values.items()}
+        plain = {name: _plain(name, value) for name, value in values.items()}
         odd = {name: str(v) for name, v in plain.items() if isinstance(v, float) and not math.isfinite(v)}
         line = {"step": step, **plain, **dict.fromkeys(odd), **({"nonfinite": odd} if odd else {})}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in plain.items():
-                if not isinstance(value, str):
+                if not isinstance(value, (str, list)):
                     self._events.add_scalar(name, value, step)
             self._events.flush()
 
@@ -105,11 +106,16 @@ class MetricsWriter:
         self.close()
 
 
-def _scalar(name: str, value: Any) -> float | int | str:
+def _plain(name: str, value: Any) -> float | int | str | list[int] | list[float]:
     require(name not in ("step", "nonfinite"), "metric", name, "is the writer's own")
     if isinstance(value, (str, bool, int, float)):
         return value
-    require(getattr(value, "shape", None) == (), f"metric {name}", value, "must be a scalar or a string")
+    if isinstance(value, list):
+        require(all(isinstance(item, (int, float)) and math.isfinite(item) for item in value), f"metric {name}", value,
+                "must be a list of finite numbers")
+        return value
+    require(getattr(value, "shape", None) == (), f"metric {name}", value,
+            "must be a scalar or a string, or a list of numbers")
     return value.item()
 
 

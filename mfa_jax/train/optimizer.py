@@ -23,15 +23,17 @@ _STACKED = "layers"
 # independent matrices. Heads are such a batch wherever a projection produces them: a head's softmax sees only its own
 # W_n, and with the low-rank variants the per-head matrices are the parameters that the method is about ("Muon Split",
 # GLM-5 report, arXiv 2602.15763, splits MLA's up-projections by head for the same reason). Output projections sum over
-# heads, so they are one matrix from all heads to the model width.
+# heads, so they are one matrix from all heads to the model width. Each expert has matrices of its own.
 _MATRICES = {
     **{name: MuonDimensionNumbers(0, 1) for name in (
-        "S_q", "S_k", "S_v", "N_kr", "W_DQ", "W_DKV", "W_KR", "W_gate", "W_up", "W_down")},
+        "S_q", "S_k", "S_v", "N_kr", "W_DQ", "W_DKV", "W_KR", "W_gate", "W_up", "W_down", "router")},
+    **{name: MuonDimensionNumbers(1, 2) for name in ("experts_gate", "experts_up", "experts_down")},
     **{name: MuonDimensionNumbers(0, 2) for name in ("W_Q", "W_K", "W_V", "W_UQ", "W_UK", "W_UV", "Q")},
     **{name: MuonDimensionNumbers((0, 1), 2) for name in ("W_O", "O")},
 }
 _RANK = {**{name: 2 for name in _MATRICES}, **{name: 3 for name in (
-    "W_Q", "W_K", "W_V", "W_UQ", "W_UK", "W_UV", "Q", "W_O", "O")}, "embed": 2, "unembed": 2, "scale": 1, "alpha": 1}
+    "W_Q", "W_K", "W_V", "W_UQ", "W_UK", "W_UV", "Q", "W_O", "O", "experts_gate", "experts_up", "experts_down")},
+    "embed": 2, "unembed": 2, "scale": 1, "alpha": 1, "router_bias": 1}
 _TABLES = ("embed", "unembed")
 
 
@@ -82,7 +84,8 @@ def _checked_name(path: tuple[Any, ...], leaf: Any) -> str:
 
 
 def decay_mask(config: OptimizerConfig, abstract_params: Any) -> Any:
-    """True where weight decay shrinks a parameter: every projection, the tables by choice, no norm, no `alpha`."""
+    """True where weight decay shrinks a parameter: every projection, the tables by choice, no norm, no `alpha`,
+    no `router_bias`."""
     decayed = (*_MATRICES, *(_TABLES if config.decay_embeddings else ()))
     return jax.tree_util.tree_map_with_path(lambda p, x: _checked_name(p, x) in decayed, abstract_params)
 

@@ -25,7 +25,8 @@ from mfa_jax.train.checkpoint import Checkpoints
 
 CONFIG, TOKENIZER, DATA, CHECKPOINTS = "config.json", "tokenizer", "data", "checkpoints"
 
-_EXECUTION = ("dtype", "remat", "attention_implementation", "decode_implementation", "decode_layout")
+_EXECUTION = ("dtype", "remat", "attention_implementation", "decode_implementation", "decode_layout",
+              "expert_implementation")
 """Fields of a model config that say how it is computed, not what it is."""
 
 

@@ -14,8 +14,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from mfa_jax import axes
 from mfa_jax.config import TrainConfig, require
-from mfa_jax.model.loss import LossSums, cross_entropy
+from mfa_jax.layers import at_path, stacked_blocks
+from mfa_jax.model.loss import cross_entropy
 from mfa_jax.model.transformer import Transformer, init_params, unembedding
+from mfa_jax.train import experts
 from mfa_jax.train.optimizer import state_shardings
 
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
@@ -64,11 +66,31 @@ def _state_from_key(config: TrainConfig, model: Transformer, optimizer: optax.Gr
     return create
 
 
-def batch_loss(config: TrainConfig, model: Transformer, params: Any, batch: Any) -> LossSums:
+class BatchSums(NamedTuple):
+    """Sums over a batch or a part of it; those of the parts add up to those of the whole."""
+
+    loss: Float[Array, ""]
+    """What is minimised, in nats: `nll`, the z term, and the balance loss a target."""
+    nll: Float[Array, ""]
+    """Negative log-likelihood in nats."""
+    tokens: Float[Array, ""]
+    """Targets that count."""
+    routing: experts.RoutingSums | None
+    """Of the layers that have experts; None for a dense model."""
+
+
+def batch_loss(config: TrainConfig, model: Transformer, params: Any, batch: Any) -> BatchSums:
     """Sums of the loss over the targets of a batch (`inputs`, `targets`, `positions`, `segments`, `mask`)."""
-    hidden, _ = model.apply({"params": params}, batch["inputs"], batch["positions"], batch["segments"], method="hidden")
+    inputs = batch["inputs"], batch["positions"], batch["segments"]
+    output: Any = model.apply({"params": params}, *inputs, method="hidden_and_routing")
+    hidden, _, routing = output
     table = unembedding(params, config.model)
-    return cross_entropy(hidden, table, batch["targets"], batch["mask"] > 0, config.z_loss)
+    sums = cross_entropy(hidden, table, batch["targets"], batch["mask"] > 0, config.z_loss)
+    if routing is None:
+        return BatchSums(*sums, None)
+    assert config.model.moe is not None
+    routed = experts.routing_sums(routing, jnp.sum(batch["mask"] > 0, axis=1))
+    return BatchSums(sums.loss + config.model.moe.balance_loss * jnp.sum(routed.balance), sums.nll, sums.tokens, routed)
 
 
 def make_train_step(
@@ -76,19 +98,20 @@ def make_train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """One update: `step(state, batch) -> state, metrics`, to be jitted with the state donated.
 
-    The gradient is that of the mean over all targets of the batch, whatever `accumulate` is. A step that meets a
-    number that is not finite leaves the state as it was and says so: `bad_leaf` is the index in `watched_leaves` of
-    the first gradient or update with such a number, or -1.
+    The gradient is that of the mean over all targets of the batch, whatever `accumulate` is (but for a balance loss
+    over the batch, which is over a part of it then). After the update the selection biases of routers move. A step
+    that meets a number that is not finite leaves the state as it was and says so: `bad_leaf` is the index in
+    `watched_leaves` of the first gradient or update with such a number, or -1.
     """
-    def gradient(params: Any, batch: Any) -> tuple[LossSums, Any]:
-        def loss(params: Any) -> tuple[Float[Array, ""], LossSums]:
+    def gradient(params: Any, batch: Any) -> tuple[BatchSums, Any]:
+        def loss(params: Any) -> tuple[Float[Array, ""], BatchSums]:
             sums = batch_loss(config, model, params, batch)
             return sums.loss, sums
 
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
         return sums, grads
 
-    def accumulated(params: Any, batch: Any) -> tuple[LossSums, Any]:
+    def accumulated(params: Any, batch: Any) -> tuple[BatchSums, Any]:
         if config.accumulate == 1:
             return gradient(params, batch)
         # Part i takes every accumulate-th row: each device's rows stay on it.
@@ -98,8 +121,8 @@ def make_train_step(
             part = jax.tree.map(lambda x: axes.constrain(x, "batch", None), part)
             return jax.tree.map(jnp.add, total, gradient(params, part)), None
 
-        zero = jnp.zeros((), jnp.float32)
-        start = LossSums(zero, zero, zero), jax.tree.map(jnp.zeros_like, params)
+        one = jax.tree.map(lambda x: x[0], parts)
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, one))
         return jax.lax.scan(add, start, parts)[0]
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
@@ -108,6 +131,8 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
+        if sums.routing is not None:
+            params = experts.balance_biases(params, config.model, sums.routing.counts)
         ema = state.ema
         if config.ema_decay is not None:
             ema = optax.incremental_update(params, state.ema, 1 - config.ema_decay)
@@ -116,7 +141,7 @@ def make_train_step(
         metrics = {
             "loss": sums.nll / count, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params), "learning_rate": schedule(state.step), "targets": sums.tokens,
-            "bad_leaf": bad_leaf, **_alpha_norms(params),
+            "bad_leaf": bad_leaf, **_alpha_norms(params), **experts.metrics(config.model, sums.routing, count),
         }
         return _where(bad_leaf < 0, moved, state), metrics
 
@@ -162,6 +187,9 @@ def _first_bad(leaves: list[Array]) -> Int[Array, ""]:
 
 def _alpha_norms(params: Any) -> dict[str, Float[Array, ""]]:
     """Norm of MFA-KR's alpha in each layer: how far values have moved away from keys."""
-    alpha = params["layers"]["attention"].get("alpha")
-    return {} if alpha is None else {
-        f"alpha_norm/layer_{i}": jnp.linalg.norm(row.astype(jnp.float32)) for i, row in enumerate(alpha)}
+    found: dict[str, Array] = {}
+    for path, indices in stacked_blocks(params["layers"]):
+        alpha = at_path(params["layers"], path)["attention"].get("alpha")
+        rows = [] if alpha is None else zip(indices, alpha, strict=True)
+        found |= {f"alpha_norm/layer_{i}": jnp.linalg.norm(row.astype(jnp.float32)) for i, row in rows}
+    return found

@@ -1,0 +1,158 @@
+"""The layers of a model: a block, and how equal and unequal blocks are scanned over."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from mfa_jax import attention
+from mfa_jax.axes import constrain
+from mfa_jax.cache import Cache
+from mfa_jax.config import ModelConfig
+from mfa_jax.layers import RMSNorm
+from mfa_jax.model.layers import SwiGLU
+from mfa_jax.model.moe import MoE, Routing
+
+_REMAT_POLICIES: dict[str, Any] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+_LONGEST_PATTERN = 8
+
+
+class Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + ffn(norm(x))`, the latter a SwiGLU, or `moe` in a layer that has experts."""
+
+    config: ModelConfig
+    has_experts: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None,
+        cache: Cache | None, inv_freq: Float[Array, " W"] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Cache | None, Routing | None]]:
+        c = self.config
+        types: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        out_scale = (2 * c.num_layers) ** -0.5 if c.depth_scaled_init else 1.0
+        x = constrain(x, "batch", None, "act_embed")
+        with jax.named_scope(c.attention.variant):
+            serving = attention.Serving(c.decode_implementation, c.attention_implementation, c.decode_layout)
+            mixer = attention.build(c.attention, c.position, implementation=c.attention_implementation, serving=serving,
+                                    out_scale=out_scale, name="attention", **types)
+            normed = RMSNorm(c.norm_eps, name="attention_norm", **types)(x)
+            y, cache = mixer(normed, positions, segments, cache, inv_freq)
+            x = x + y
+        with jax.named_scope("ffn"):
+            normed, routing = RMSNorm(c.norm_eps, name="ffn_norm", **types)(x), None
+            if self.has_experts:
+                assert c.moe is not None
+                y, routing = MoE(c.moe, out_scale=out_scale, implementation=c.expert_implementation, name="moe",
+                                 **types)(normed, segments)
+            else:
+                y = SwiGLU(c.ffn_dim, out_scale=out_scale, name="ffn", **types)(normed)
+        return x + y, (cache, routing)
+
+
+class Segment(NamedTuple):
+    """`repeats` times the blocks of `pattern` (whether each has experts)."""
+
+    pattern: tuple[bool, ...]
+    repeats: int
+
+
+def segments_of(has_experts: tuple[bool, ...]) -> list[Segment]:
+    """Layers as few segments, so that a block compiles once a segment and not once a layer.
+
+    From the first layer on, takes the pattern of up to 8 blocks whose repetition covers most layers, of equally good
+    ones the shortest: `DDDD MM..M D` is three segments, `DMDM..DM` is one.
+    """
+    found, start = [], 0
+    while start < len(has_experts):
+        rest = has_experts[start:]
+        candidates = []
+        for length in range(1, min(_LONGEST_PATTERN, len(rest)) + 1):
+            repeats = 1
+            while rest[repeats * length : (repeats + 1) * length] == rest[:length]:
+                repeats += 1
+            if length == 1 or repeats > 1:
+                candidates.append((length * repeats, -length, Segment(rest[:length], repeats)))
+        best = max(candidates)[-1]
+        found.append(best)
+        start += len(best.pattern) * best.repeats
+    return found
+
+
+def scanned(kind: type[nn.Module], length: int, **options: Any) -> Any:
+    """`kind` (`Block` or `_Group`) once for each of `length` rows of parameters, caches and frequencies."""
+    return nn.scan(
+        kind, variable_axes={"params": 0}, split_rngs={"params": True}, length=length,
+        in_axes=(nn.broadcast, nn.broadcast, 0, 0), out_axes=0, metadata_params={nn.PARTITION_NAME: "layers"},
+    )(**options)
+
+
+def rematerialised(config: ModelConfig) -> Any:
+    """`Block`, of which the backward pass recomputes what the config says."""
+    if config.remat == "none":
+        return Block
+    return nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[config.remat])
+
+
+class _Group(nn.Module):
+    """The blocks of one repetition of a pattern; caches and frequencies carry a leading axis over them."""
+
+    config: ModelConfig
+    pattern: tuple[bool, ...]
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: Any,
+        inv_freq: Float[Array, "P W"] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, Any]]:
+        outputs = []
+        for j, has_experts in enumerate(self.pattern):
+            own = jax.tree.map(lambda leaf: leaf[j], (cache, inv_freq))  # noqa: B023
+            x, out = rematerialised(self.config)(self.config, has_experts, name=f"block_{j}")(
+                x, positions, segments, *own)
+            outputs.append(out)
+        return x, tuple(_join([part for part in parts if part is not None], jnp.stack)
+                        for parts in zip(*outputs, strict=True))
+
+
+class Stack(nn.Module):
+    """The layers of a model whose blocks are not all equal, segment by segment; takes and gives what the scan of a
+    model of equal blocks does: caches over all layers, routings over those that have experts."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: Any,
+        inv_freq: Float[Array, "L W"] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, Any]]:
+        c, start, caches, routings = self.config, 0, [], []
+        for s, (pattern, repeats) in enumerate(segments_of(layer_kinds(c))):
+            stop = start + len(pattern) * repeats
+            own = jax.tree.map(lambda leaf: leaf[start:stop].reshape(repeats, -1, *leaf.shape[1:]),  # noqa: B023
+                               (cache, inv_freq))
+            group = scanned(_Group, repeats, config=c, pattern=pattern, name=f"segment_{s}")
+            x, out = group(x, positions, segments, *own)
+            flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
+            caches.append(flat[0])
+            routings.append(flat[1])
+            start = stop
+        return x, tuple(_join([part for part in parts if part is not None], jnp.concatenate)
+                        for parts in (caches, routings))
+
+
+def layer_kinds(config: ModelConfig) -> tuple[bool, ...]:
+    """Whether each layer has experts."""
+    return tuple(i in config.moe_layers for i in range(config.num_layers))
+
+
+def _join(trees: list[Any], join: Any) -> Any:
+    """The trees leaf by leaf on their first axis, None for no trees."""
+    return jax.tree.map(lambda *leaves: join(leaves), *trees) if trees else None
