@@ -56,6 +56,10 @@ def step3_with(attention: Any) -> ModelConfig:
     if attention is None:
         return model
     parameters = capacity.attention_parameters(model.attention, model.model_dim)
+    if attention == "mha":
+        # Key heads grow with the query heads, which `match_heads` leaves as they are.
+        heads = 16 * round(parameters / (4 * model.model_dim * 128) / 16)
+        return dataclasses.replace(model, attention=GQAConfig(num_heads=heads, num_kv_heads=heads, head_dim=128))
     return dataclasses.replace(model, attention=match_heads(attention, model.model_dim, parameters, multiple=16))
 
 
@@ -67,14 +71,13 @@ def _preset(name: str) -> Callable[[], ModelConfig]:
     return lambda: model_preset(name)
 
 
-_MHA16 = GQAConfig(num_heads=16, num_kv_heads=16, head_dim=128)
 _MLA16 = MLAConfig(num_heads=16, nope_dim=128, rope_dim=64, value_dim=128, latent_dim=512, query_rank=1536)
 _VARIANTS = ("mha", "mla", "mfa", "mfa-kr")
 LINES: Sequence[Line] = (
     *(Line(f"{DECODE}/paper-7b-{v}", _preset(f"paper-7b-{v}"), "v5p:2x4x4", "data=16,tensor=2", 256, 32768)
       for v in _VARIANTS),
     *(Line(f"{DECODE}/step3-{v}", _step3(a), "v5p:4x4x4", "data=4,tensor=16", 128, 8192)
-      for v, a in (("mfa", None), ("mla", _MLA16), ("mha", _MHA16))),
+      for v, a in (("mfa", None), ("mla", _MLA16), ("mha", "mha"))),
     *(Line(f"{TRAIN}/paper-7b-{v}", _preset(f"paper-7b-{v}"), "v5p:4x4x4", "fsdp=64", 256, 4096) for v in _VARIANTS),
     *(Line(f"{SCALE}/base-mfa-{chips}", _preset("base-mfa"), f"v5p:{shape}", f"fsdp=8,data={chips // 8}", 4 * chips,
            2048)
@@ -160,7 +163,7 @@ def save_plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     for axis in (sent, seconds):
         axis.margins(x=0.15)
     memory.invert_yaxis()
-    memory.legend(loc="lower right", fontsize=8)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=8)
     figure.suptitle("Decoding a token for each row at full caches: compiled for v5p, predicted, not measured")
     figure.savefig(path, dpi=130)
     plt.close(figure)
