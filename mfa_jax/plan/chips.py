@@ -106,7 +106,8 @@ def collective_seconds(kind: str, size: int, extents: tuple[int, ...], topology:
       all-reduce                  twice that: it is the one and then the other
       all-to-all                  each of n devices has V bytes, and the middle of the longest dimension, of m chips, is
                                   what holds it up: `V m / 8 / W` in a ring, `V m / 4 / W` in a line
-      collective-permute          `V / W`, to a neighbour
+      collective-permute          `V / W`, to a neighbour; those of both directions of a ring could overlap, which is
+                                  not counted
 
     Args:
       size: `V` in bytes: of the gathered, unscattered or reduced array, or of what one device holds.
