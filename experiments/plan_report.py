@@ -79,9 +79,9 @@ LINES: Sequence[Line] = (
     *(Line(f"{DECODE}/step3-{v}", _step3(a), "v5p:4x4x4", "data=4,tensor=16", 128, 8192)
       for v, a in (("mfa", None), ("mla", _MLA16), ("mha", "mha"))),
     *(Line(f"{TRAIN}/paper-7b-{v}", _preset(f"paper-7b-{v}"), "v5p:4x4x4", "fsdp=64", 256, 4096) for v in _VARIANTS),
-    *(Line(f"{SCALE}/base-mfa-{chips}", _preset("base-mfa"), f"v5p:{shape}", f"fsdp=8,data={chips // 8}", 4 * chips,
+    *(Line(f"{SCALE}/base-mfa-{chips}", _preset("base-mfa"), f"v5p:{shape}", f"fsdp=4,data={chips // 4}", 4 * chips,
            2048)
-      for chips, shape in ((8, "2x2x2"), (64, "4x4x4"), (512, "8x8x8"))),
+      for chips, shape in ((8, "2x2x2"), (64, "4x4x4"), (512, "4x8x16"))),
 )
 
 
