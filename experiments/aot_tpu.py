@@ -15,14 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
-import os
 import re
-import resource
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,6 +32,7 @@ from mfa_jax import axes
 from mfa_jax.config import MFAConfig, MFAKRConfig, MLAConfig, ModelConfig
 from mfa_jax.generate import SamplingConfig, lower_generate
 from mfa_jax.model.transformer import Transformer
+from mfa_jax.plan.compiler import prepare
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 """A smallest slice of each chip."""
@@ -56,33 +52,6 @@ class AotTpuConfig:
         for chip in self.chips:
             if chip not in TOPOLOGIES:
                 raise ValueError(f"chips={chip!r}: must be of {', '.join(TOPOLOGIES)}")
-
-
-def libtpu() -> Path | None:
-    """The library that compiles for TPUs; None where it is not installed."""
-    beside = Path(sys.prefix, "tpu", "libtpu", "libtpu.so")
-    found = importlib.util.find_spec("libtpu")
-    if "TPU_LIBRARY_PATH" in os.environ:
-        return Path(os.environ["TPU_LIBRARY_PATH"])
-    if beside.exists():
-        return beside
-    return Path(found.origin).with_name("libtpu.so") if found is not None and found.origin is not None else None
-
-
-def prepare() -> None:
-    """Makes this process one that compiles for TPUs and runs on the CPU; to be called before JAX has a backend.
-
-    Raises:
-      FileNotFoundError: libtpu is not installed.
-    """
-    path = libtpu()
-    if path is None or not path.exists():
-        raise FileNotFoundError(2, "libtpu is not there, `make aot-tpu` installs it", str(path or "libtpu.so"))
-    os.environ.update(TPU_LIBRARY_PATH=str(path), TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4",
-                      TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_LOG_DIR="disabled")
-    # A compiler that aborts writes the whole module into its logs, gigabytes of it.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**26, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    jax.config.update("jax_platforms", "cpu")
 
 
 def mesh_of(chip: str) -> Mesh:

@@ -25,10 +25,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import cli
-from experiments.aot_tpu import mesh_of, prepare
+from experiments.aot_tpu import mesh_of
 from experiments.kernel_cases import CASES, Case
 from mfa_jax.kernels.tpu_block import attend_whole
 from mfa_jax.kernels.tpu_plan import CHIPS, LANES, Plan, make_plan
+from mfa_jax.plan.compiler import prepare
 
 STEPS = (16, 32)
 _NAME = "decode_twin"

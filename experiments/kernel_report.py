@@ -19,9 +19,10 @@ import jax
 import jaxlib
 
 from experiments import cli
-from experiments.aot_tpu import TOPOLOGIES, compile_kernel, mesh_of, prepare
+from experiments.aot_tpu import TOPOLOGIES, compile_kernel, mesh_of
 from experiments.kernel_cases import CASES
 from experiments.kernel_cycles import cycles, plan_of
+from mfa_jax.plan.compiler import prepare
 
 HBM = {"v5e": (819e9, 1.5e9), "v5p": (2765e9 / 2, 1.75e9), "v6e": (1640e9, 1.75e9)}
 """Bytes a second and cycles a second of a core, as published; the two cores of v5p share its bandwidth."""

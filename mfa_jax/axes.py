@@ -107,6 +107,21 @@ def gather_sequence(x: jax.Array) -> jax.Array:
     return constrain(constrain(x, "batch", "sequence", *rest), "batch", None, *rest)
 
 
+def splits(shape: Sequence[int], *names: str | None) -> list[tuple[str, ...]] | None:
+    """Mesh axes that split each axis of an array, for `shard_map` on the ambient mesh; None where there is none.
+
+    Axes of size 1 are left out, and those that do not divide what they would split: their devices then compute the
+    same. There is no mesh to split over inside a `shard_map` either.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+        return None
+    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in RULES.spec(*names)]
+    entries = [tuple(axis for axis in entry if mesh.shape[axis] > 1) for entry in entries]
+    return [entry if size % math.prod(mesh.shape[axis] for axis in entry) == 0 else ()
+            for size, entry in zip(shape, entries, strict=True)]
+
+
 def shardings(abstract: Any, mesh: Mesh) -> Any:
     """The `NamedSharding` of each leaf of a tree of boxed (logically partitioned) abstract parameters.
 

@@ -130,7 +130,10 @@ def quantize(x: Float[Array, "*B W"], dtype: Any) -> tuple[Num[Array, "*B W"], F
 
 def _write(x: Array, rows: Int[Array, "B 1"], columns: Int[Array, "B T"], new: Array, has_heads: bool) -> Array:
     if has_heads:
-        return x.at[rows, :, columns].set(new.swapaxes(1, 2), mode="drop")
+        # An index for each head too: of windows that reach over the heads, XLA for TPUs wants these next to the width,
+        # and would copy the cache from and to the layout of the kernels in every step.
+        heads = jnp.arange(x.shape[1])[:, None]
+        return x.at[rows[:, None], heads, columns[:, None]].set(new, mode="drop")
     return x.at[rows, columns].set(new, mode="drop")
 
 

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mfa_jax.model.loss import cross_entropy
+from mfa_jax import axes
+from mfa_jax.model.loss import LossSums, cross_entropy
+from mfa_jax.plan import costs, hlo
 
 B, T, D, V = 2, 11, 8, 50
 
@@ -38,6 +41,40 @@ def test_gradients_do_not_depend_on_the_chunks() -> None:
         return jax.grad(lambda h, t: cross_entropy(h, t, targets, mask, 1e-2, elements).loss, (0, 1))(hidden, table)
 
     chex.assert_trees_all_close(gradients(3 * B * V), gradients(1 << 24), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 1, 2), (1, 1, 1, 1, 8), (8, 1, 1, 1, 1)])
+def test_a_mesh_changes_neither_sums_nor_gradients(sizes: tuple[int, ...]) -> None:
+    """Over tokens and vocabulary; four rows do not divide over eight shards, which then compute the same."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    hidden, table = jax.random.normal(keys[0], (4, T, D)), jax.random.normal(keys[1], (48, D))
+    targets, mask = jax.random.randint(keys[2], (4, T), 0, 48), jax.random.bernoulli(keys[3], 0.7, (4, T))
+
+    def sums(hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, LossSums]:
+        found = cross_entropy(hidden, table, targets, mask, 0.1, chunk_elements=3 * 48)
+        return found.loss, found
+
+    def run() -> object:
+        return jax.jit(jax.value_and_grad(sums, (0, 1), has_aux=True))(hidden, table)
+
+    expected = run()
+    with jax.set_mesh(axes.make_mesh(sizes)):
+        chex.assert_trees_all_close(jax.device_get(run()), jax.device_get(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_the_table_is_gathered_and_its_gradient_summed_once_and_not_in_every_chunk() -> None:
+    mesh = axes.make_mesh((1, 8, 1, 1, 1))
+
+    def place(shape: tuple[int, ...], dtype: type, *spec: str | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    arrays = (place((8, 64, 16), jnp.float32, "fsdp"), place((512, 16), jnp.float32, None, "fsdp"),
+              place((8, 64), jnp.int32, "fsdp"), place((8, 64), jnp.bool_, "fsdp"))
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.grad(lambda h, t, y, m: cross_entropy(h, t, y, m, 0.0, chunk_elements=512).loss, (0, 1)))
+        found = costs.count(hlo.parse(step.lower(*arrays).compile().as_text()))
+    assert not found.unknown_loops and any(work.times == 64 for work in found.work)
+    assert [c for c, times in found.collectives if times > 1] == []
 
 
 def test_a_large_vocabulary_is_never_whole_in_memory() -> None:

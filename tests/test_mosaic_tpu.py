@@ -23,6 +23,7 @@ from test_kernels import make, oracle
 from experiments import aot_tpu
 from experiments.kernel_cases import BORDERS, CASES
 from mfa_jax.kernels import mosaic_tpu, tpu_plan
+from mfa_jax.plan import compiler
 
 BLOCK = 128
 
@@ -147,7 +148,7 @@ def test_the_list_of_work_ends_with_the_lengths() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", aot_tpu.TOPOLOGIES)
-@pytest.mark.skipif(aot_tpu.libtpu() is None, reason="the compiler for TPUs is not there: make aot-tpu")
+@pytest.mark.skipif(compiler.libtpu() is None, reason="the compiler for TPUs is not there: make aot-tpu")
 def test_every_case_compiles_and_copies_no_cache(chip: str) -> None:
     """Of int8 caches, the scales are laid out anew; keys and values are not, and nothing of the other caches is."""
     command = [sys.executable, "-m", "experiments.aot_tpu", "--chips", chip]

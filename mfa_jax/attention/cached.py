@@ -54,10 +54,9 @@ def cached_attention(
     """
     if segments is not None:
         raise NotImplementedError("segments with a cache: packed documents are not decoded from one cache row")
-    B, T, N, _ = q.shape
+    _, T, N, _ = q.shape
     cache.check_room(T)
-    sizes, K = sharded.mesh_sizes(), cache.streams[0].shape[1] if cache.has_heads else 1
-    layout = sharded.choose(sizes or {}, B=B, N=N, K=K, S=cache.capacity, layout=serving.layout)
+    sizes, layout = sharded.mesh_sizes(), _layout(cache, N, serving)
 
     def append(cache: C, new: tuple[Array, ...]) -> C:
         return cache.append(*new, start=sharded.first_position(layout, cache.capacity))
@@ -89,6 +88,16 @@ def cached_attention(
     out = attend(q, turned, values[0] if values else k, scale=scale, offset=offset, alibi_slopes=alibi_slopes,
                  implementation=serving.prefill)
     return out[..., :value_width], cache
+
+
+def placement(cache: C, num_heads: int, serving: Serving) -> C:
+    """The partition of each array of a layer's cache on the ambient mesh, as `cached_attention` takes and leaves it."""
+    return _partition(_layout(cache, num_heads, serving), cache)
+
+
+def _layout(cache: Cache, num_heads: int, serving: Serving) -> sharded.Layout:
+    B, K = cache.streams[0].shape[0], cache.streams[0].shape[1] if cache.has_heads else 1
+    return sharded.choose(sharded.mesh_sizes() or {}, B=B, N=num_heads, K=K, S=cache.capacity, layout=serving.layout)
 
 
 def _partition(layout: sharded.Layout, cache: C) -> C:

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 from mfa_jax.attention.blockwise import blockwise_attention
 from mfa_jax.attention.context import context_attention, splits_sequence
 from mfa_jax.attention.library import cudnn_attention, splash_attention, tokamax_attention
+from mfa_jax.kernels.calls import default_device
 
 IMPLEMENTATIONS = ("dense", "blockwise", "splash", "cudnn", "tokamax", "context")
 DENSE_SCORES = 1024 * 1024
@@ -73,9 +74,10 @@ def attend(
     if k.ndim == 3:
         k, v = k[:, None], v[:, None]
     (_, T, N, H), (K, S), h = q.shape, k.shape[1:3], v.shape[-1]
+    device = default_device()
     name = resolve(
-        implementation, jax.default_backend(), T=T, S=S, N=N, K=K, H=H, h=h, dtype=q.dtype, offset=offset is not None,
-        segments=segments is not None, alibi=alibi_slopes is not None, compute_capability=_compute_capability(),
+        implementation, device.platform, T=T, S=S, N=N, K=K, H=H, h=h, dtype=q.dtype, offset=offset is not None,
+        segments=segments is not None, alibi=alibi_slopes is not None, compute_capability=device.compute_capability,
     )
     if alibi_slopes is not None:
         alibi_slopes = lax.stop_gradient(jnp.asarray(alibi_slopes, jnp.float32))
@@ -254,14 +256,6 @@ _SERVE: dict[str, Callable[..., Array]] = {
     "tokamax": lambda q, k, v, scale, *_: tokamax_attention(q, k, v, scale=scale),
     "context": _context,
 }
-
-
-def _compute_capability() -> float:
-    """Of the first NVIDIA GPU; 0 where there is none."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-        return 0.0
-    return float(device.compute_capability)
 
 
 def _check(q: Array, k: Array, v: Array, offset: Any, segments: Any, slopes: Any) -> None:

@@ -1,10 +1,10 @@
 """Decoding: `generate` in one compiled call, `stream` as tokens come, `complete` and `stream_text` for text."""
 
-from mfa_jax.generate.loop import Generated, bucket, generate, lower_generate, stream
+from mfa_jax.generate.loop import Generated, bucket, generate, lower_decode, lower_generate, stream
 from mfa_jax.generate.sampling import SamplingConfig, sample
 from mfa_jax.generate.text import complete, encode_prompts, stream_text
 
 __all__ = [
-    "Generated", "SamplingConfig", "bucket", "complete", "encode_prompts", "generate", "lower_generate", "sample",
-    "stream", "stream_text",
+    "Generated", "SamplingConfig", "bucket", "complete", "encode_prompts", "generate", "lower_decode", "lower_generate",
+    "sample", "stream", "stream_text",
 ]

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mfa_jax.attention.cached import Serving, placement
 from mfa_jax.config import require
 from mfa_jax.generate.sampling import SamplingConfig, sample
 from mfa_jax.model.transformer import Transformer, init_cache, unstack_layers
@@ -121,6 +123,43 @@ def lower_generate(
     key = jax.eval_shape(lambda: jax.random.key(0))
     return _generate.lower(model, params, *arrays, key, np.int32(max_new_tokens), sampling=sampling, buffer=buffer,
                            capacity=capacity, cache_dtype=cache_dtype)
+
+
+def lower_decode(
+    model: Transformer, params: Any, *, batch_size: int, capacity: int, sampling: SamplingConfig,
+    cache_dtype: str | None = None,
+) -> jax.stages.Lowered:
+    """The program with which `stream` goes on, without running it: a loop that decodes a token for each row.
+
+    Args:
+      params: arrays, or their `jax.ShapeDtypeStruct`s.
+      capacity: tokens that a row of the cache can hold.
+    """
+    state = abstract_state(model, params, batch_size=batch_size, capacity=capacity, sampling=sampling,
+                           cache_dtype=cache_dtype)
+    return _decode.lower(model, params, state, jax.ShapeDtypeStruct((), jnp.int32), sampling=sampling)
+
+
+def abstract_state(
+    model: Transformer, params: Any, *, batch_size: int, capacity: int, sampling: SamplingConfig,
+    cache_dtype: str | None = None,
+) -> Any:
+    """What `lower_decode`'s loop carries, as `jax.ShapeDtypeStruct`s: caches, where they lie on the ambient mesh, and
+    what each row got."""
+    def prefill(params: Any) -> _State:
+        prompts, lengths = jnp.zeros((batch_size, SMALLEST_BUCKET), jnp.int32), jnp.ones((batch_size,), jnp.int32)
+        return _prefill(model, params, prompts, lengths, jnp.zeros((batch_size, 0), jnp.int32), jax.random.key(0),
+                        sampling=sampling, buffer=SMALLEST_BUCKET, capacity=capacity, cache_dtype=cache_dtype)
+
+    state, mesh = jax.eval_shape(prefill, params), jax.sharding.get_mesh()
+    if mesh.empty:
+        return state
+    c = model.config
+    serving = Serving(c.decode_implementation, c.attention_implementation, c.decode_layout)
+    at = jax.tree.map(lambda _: PartitionSpec(), state)._replace(
+        caches=tuple(placement(cache, c.attention.num_heads, serving) for cache in state.caches))
+    return jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), state, at)
 
 
 def _prepare(

@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from mfa_jax.axes import constrain
+from mfa_jax.axes import splits
 
 CHUNK_ELEMENTS = 1 << 24
-"""Logits held at a time, in elements: 64 MiB in float32."""
+"""Logits that a device holds at a time, in elements: 64 MiB in float32."""
 
 
 class LossSums(NamedTuple):
@@ -31,29 +32,48 @@ def cross_entropy(
 ) -> LossSums:
     """`sum_t mask_t (logsumexp(l_t) - l_t[target_t] + z_loss logsumexp(l_t) ** 2)`, `l = hidden table^T` in float32.
 
-    Logits are made for as many positions at a time as hold `chunk_elements`, and made again in the backward pass, so
-    that memory does not grow with `T V`. The z term is PaLM's (Chowdhery et al., arXiv 2204.02311, section 5).
+    Logits are made for as many positions at a time as hold `chunk_elements` on a device, and made again in the backward
+    pass, so that memory does not grow with `T V`. The z term is PaLM's (Chowdhery et al., arXiv 2204.02311, section 5).
+
+    Where a mesh is set, each device takes its own tokens and its own part of the vocabulary through all chunks, so that
+    the table is gathered once and its gradient summed once: left to the compiler, both would happen in every chunk.
     """
-    B, T, _ = hidden.shape
     table = table.astype(hidden.dtype)
-    # Where the mesh splits the sequence, a part takes as many positions of each device.
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty or T % mesh.shape.get("context", 1) else mesh.shape.get("context", 1)
-    t = T // shards
-    chunk = max(1, min(t, chunk_elements // (B * table.shape[0] * shards)))
-    if chunk == t:
-        return _chunk_sums(hidden, table, targets, mask, z_loss)
-    padding = -t % chunk
+    tokens, tables = splits(targets.shape, "batch", "sequence"), splits(table.shape, "vocab", None)
+    if tokens is None or tables is None:
+        return _local_sums(hidden, table, targets, mask, z_loss, chunk_elements, ())
+    vocabulary = tables[0]
+    over = tuple(axis for entry in tokens for axis in entry)
+
+    def local(hidden: Array, table: Array, targets: Array, mask: Array) -> LossSums:
+        sums = _local_sums(hidden, table, targets, mask, z_loss, chunk_elements, vocabulary)
+        return jax.tree.map(lambda x: jax.lax.psum(x, over), sums)
+
+    by_token = PartitionSpec(*tokens)
+    # Without the check of replication: what a scan carries would have to be marked as different on each device.
+    return jax.shard_map(local, in_specs=(by_token, PartitionSpec(vocabulary), by_token, by_token),
+                         out_specs=PartitionSpec(), check_vma=False)(hidden, table, targets, mask)
+
+
+def _local_sums(
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], targets: Int[Array, "B T"], mask: Bool[Array, "B T"],
+    z_loss: float, chunk_elements: int, vocabulary: tuple[str, ...],
+) -> LossSums:
+    """The sums of one device; `vocabulary` are the mesh axes that split the table."""
+    B, T, _ = hidden.shape
+    chunk = max(1, min(T, chunk_elements // (B * table.shape[0])))
+    if chunk == T:
+        return _chunk_sums(hidden, table, targets, mask, z_loss, vocabulary)
+    padding = -T % chunk
 
     def split(x: Array) -> Array:
-        rest = x.shape[2:]
-        padded = jnp.pad(x.reshape(B, shards, t, *rest), [(0, 0), (0, 0), (0, padding)] + [(0, 0)] * len(rest))
-        return jnp.moveaxis(padded.reshape(B, shards, -1, chunk, *rest), 2, 0).reshape(-1, B, shards * chunk, *rest)
+        padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return padded.reshape(B, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
     def step(sums: LossSums, part: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
         hidden, targets, mask = part
-        return jax.tree.map(jnp.add, sums, _chunk_sums(hidden, table, targets, mask, z_loss)), None
+        return jax.tree.map(jnp.add, sums, _chunk_sums(hidden, table, targets, mask, z_loss, vocabulary)), None
 
     zero = jnp.zeros((), jnp.float32)
     sums, _ = jax.lax.scan(step, LossSums(zero, zero, zero), (split(hidden), split(targets), split(mask)))
@@ -62,12 +82,19 @@ def cross_entropy(
 
 def _chunk_sums(
     hidden: Float[Array, "B T D"], table: Float[Array, "V D"], targets: Int[Array, "B T"], mask: Bool[Array, "B T"],
-    z_loss: float,
+    z_loss: float, vocabulary: tuple[str, ...],
 ) -> LossSums:
     logits = jnp.einsum("BTD,VD->BTV", hidden, table, preferred_element_type=jnp.float32)
-    logits = constrain(logits, "batch", "sequence", "vocab")
-    log_partition = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    if not vocabulary:
+        log_partition = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    else:
+        top = jax.lax.pmax(jax.lax.stop_gradient(logits.max(axis=-1)), vocabulary)
+        log_partition = top + jnp.log(jax.lax.psum(jnp.exp(logits - top[..., None]).sum(axis=-1), vocabulary))
+        place = targets - jax.lax.axis_index(vocabulary) * table.shape[0]
+        here = (place >= 0) & (place < table.shape[0])
+        found = jnp.take_along_axis(logits, jnp.where(here, place, 0)[..., None], axis=-1)[..., 0]
+        chosen = jax.lax.psum(jnp.where(here, found, 0), vocabulary)
     nll = jnp.sum(jnp.where(mask, log_partition - chosen, 0.0))
     penalty = z_loss * jnp.sum(jnp.where(mask, log_partition**2, 0.0))
     return LossSums(nll + penalty, nll, jnp.sum(mask, dtype=jnp.float32))

@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from mfa_jax import attention
 from mfa_jax.axes import constrain
 from mfa_jax.cache import Cache
 from mfa_jax.config import ModelConfig
 from mfa_jax.layers import RMSNorm, at_path, partitioned, stacked_blocks
+from mfa_jax.model.embedding import look_up
 from mfa_jax.model.moe import Routing
 from mfa_jax.model.stack import Block, Stack, layer_kinds, rematerialised, scanned
 from mfa_jax.positions import rope_frequencies
@@ -84,9 +85,7 @@ class Transformer(nn.Module):
         if positions is None:
             start = 0 if cache is None else cache_length(cache)[:, None]
             positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-        # Gathering from a table that is split in both axes makes the partitioner rematerialise it; gathering from the
-        # whole table does not.
-        x = jnp.take(constrain(self.embed, None, None), tokens, axis=0).astype(c.dtype)
+        x = look_up(self.embed, tokens, c.dtype)
         inv_freq = layer_frequencies(c)
         if self.scan_layers:
             x, (cache, routing) = self.layers(x, positions, segments, cache, inv_freq)
@@ -106,6 +105,12 @@ class Transformer(nn.Module):
         """Float32 logits of normed states."""
         table = self.embed if self.config.tie_embeddings else self.unembed
         return jnp.einsum("...D,VD->...V", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def init_params(model: Transformer, key: Key[Array, ""]) -> Any:
+    """Parameters at their initial values, each with the logical names of its axes."""
+    # As many tokens as every attention kernel takes: one that was named refuses fewer.
+    return model.init(key, jnp.zeros((1, 128), jnp.int32))["params"]
 
 
 def layer_frequencies(config: ModelConfig) -> Float[Array, "L W"] | None:

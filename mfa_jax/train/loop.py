@@ -31,7 +31,9 @@ from mfa_jax.train.step import (
     TrainState,
     batch_loss,
     create_state,
+    jit_step,
     make_train_step,
+    require_divisible_batch,
     state_layout,
     watched_leaves,
 )
@@ -71,8 +73,7 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
       CheckpointWriteError: a checkpoint could not be written; the earlier ones are intact.
     """
     mesh = axes.make_mesh(dataclasses.astuple(config.mesh), devices)
-    _require_divisible_batch(config, mesh)
-    _require_divisible_sequence(config, mesh)
+    require_divisible_batch(config, mesh)
     workdir = Path(config.workdir)
     checkpoints = Checkpoints(workdir / run.CHECKPOINTS, keep_last=config.keep_checkpoints)
     with checkpoints, jax.set_mesh(mesh):
@@ -115,11 +116,10 @@ class _Parts:
         model = Transformer(config.model)
         optimizer = make_optimizer(config.optimizer, config.steps, run.abstract_params(model, mesh))
         layout = state_layout(config, model, optimizer, mesh)
-        where = jax.tree.map(lambda leaf: leaf.sharding, layout)
         step = make_train_step(config, model, optimizer, make_schedule(config.optimizer, config.steps))
         return cls(
             mesh, prepared, layout, functools.partial(create_state, config, model, optimizer, layout),
-            jax.jit(step, donate_argnums=0, out_shardings=(where, None)),
+            jit_step(step, layout),
             jax.jit(lambda params, batch: batch_loss(dataclasses.replace(config, z_loss=0.0), model, params, batch)),
         )
 
@@ -140,21 +140,6 @@ def _open_data(config: TrainConfig, workdir: Path) -> tuple[Tokenizer, Prepared]
     if not saved.exists():
         tokenizer.save(saved)
     return tokenizer, prepared
-
-
-def _require_divisible_batch(config: TrainConfig, mesh: Mesh) -> None:
-    split = {axis: mesh.shape[axis] for axis in axes.RULES.batch or ()}
-    shards = math.prod(split.values())
-    part = config.data.batch_size // config.accumulate
-    require(part % shards == 0, "data.batch_size", config.data.batch_size,
-            f"each of accumulate={config.accumulate} parts has {part} rows; must be a multiple of the "
-            f"{shards} shards of mesh {', '.join(f'{axis}={size}' for axis, size in split.items())}")
-
-
-def _require_divisible_sequence(config: TrainConfig, mesh: Mesh) -> None:
-    chunks, T = 2 * mesh.shape["context"], config.data.sequence_length
-    require(chunks == 2 or T % chunks == 0, "data.sequence_length", T,
-            f"must be a multiple of {chunks}, two chunks for each shard of mesh context={mesh.shape['context']}")
 
 
 def _require_same_run(config: TrainConfig, checkpoints: Checkpoints) -> None:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from mfa_jax import axes
 from mfa_jax.config import ModelConfig, TrainConfig, from_dict, require, to_dict
 from mfa_jax.data import Tokenizer, load_tokenizer
-from mfa_jax.model.transformer import Transformer
+from mfa_jax.model.transformer import Transformer, init_params
 from mfa_jax.train.checkpoint import Checkpoints
 
 CONFIG, TOKENIZER, DATA, CHECKPOINTS = "config.json", "tokenizer", "data", "checkpoints"
@@ -75,7 +75,7 @@ def load_trained(
 
 def abstract_params(model: Transformer, mesh: Mesh) -> Any:
     """Shapes, types and places of a model's parameters on a mesh."""
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), "int32"))["params"]
+    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return jax.tree.map(lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
                         nn.unbox(boxed), axes.shardings(boxed, mesh))
 

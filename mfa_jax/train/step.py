@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,10 +16,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from mfa_jax import axes
 from mfa_jax.attention import context
-from mfa_jax.config import TrainConfig
+from mfa_jax.config import TrainConfig, require
 from mfa_jax.layers import at_path, stacked_blocks
 from mfa_jax.model.loss import cross_entropy
-from mfa_jax.model.transformer import Transformer, unembedding
+from mfa_jax.model.transformer import Transformer, init_params, unembedding
 from mfa_jax.train import experts
 from mfa_jax.train.optimizer import state_shardings
 
@@ -40,9 +41,8 @@ class TrainState(NamedTuple):
 
 def state_layout(config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
     """The abstract state, every leaf with its sharding: what a restore needs, and where `create_state` puts things."""
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    params_at = axes.shardings(boxed, mesh)
-    abstract = jax.eval_shape(_state_from_key(config, model, optimizer), jax.random.key(0))
+    params_at = axes.shardings(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), mesh)
+    abstract = jax.eval_shape(lambda: _state_from_key(config, model, optimizer)(jax.random.key(0)))
     everywhere = NamedSharding(mesh, PartitionSpec())
     at = abstract._replace(
         step=everywhere, params=params_at, rng=everywhere,
@@ -62,7 +62,7 @@ def create_state(
 
 def _state_from_key(config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation) -> Callable:
     def create(key: Key[Array, ""]) -> TrainState:
-        params = nn.unbox(model.init(key, jnp.zeros((1, 2), jnp.int32))["params"])
+        params = nn.unbox(init_params(model, key))
         ema = jax.tree.map(jnp.copy, params) if config.ema_decay is not None else {}
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jax.random.fold_in(key, 1))
 
@@ -162,6 +162,29 @@ def make_train_step(
         return _where(bad_leaf < 0, moved, state), metrics
 
     return step
+
+
+def jit_step(step: Callable[[TrainState, Any], Any], layout: TrainState) -> Any:
+    """A step compiled for states of that layout, which it takes over."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+
+
+def require_divisible_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """Refuses a batch whose rows or tokens do not divide over the mesh.
+
+    Raises:
+      ValueError: with the rows, or the tokens, and the shards.
+    """
+    split = {axis: mesh.shape[axis] for axis in axes.RULES.batch or ()}
+    shards = math.prod(split.values())
+    part = config.data.batch_size // config.accumulate
+    require(part % shards == 0, "data.batch_size", config.data.batch_size,
+            f"each of accumulate={config.accumulate} parts has {part} rows; must be a multiple of the "
+            f"{shards} shards of mesh {', '.join(f'{axis}={size}' for axis, size in split.items())}")
+    chunks, T = 2 * mesh.shape["context"], config.data.sequence_length
+    require(chunks == 2 or T % chunks == 0, "data.sequence_length", T,
+            f"must be a multiple of {chunks}, two chunks for each shard of mesh context={mesh.shape['context']}")
 
 
 def _where(condition: Array, moved: TrainState, state: TrainState) -> TrainState:

@@ -1,0 +1,194 @@
+"""What MFA saves on a pod, by the planner: `python -m experiments.plan_report`, for `experiments/results/plan/`.
+
+The paper's 7B family, and Step-3 beside MHA and MLA with as many attention parameters: a decoding step with full caches
+and a training step, compiled for the same slice and mesh. Then one small model on 8 to 512 chips, with as much work a
+chip. Each line is written as soon as it is there, and a line that is there is not compiled again. It takes an hour or
+two; nothing is run on a TPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import cli
+from experiments.plan import compiler_version, mesh_config
+from mfa_jax import capacity
+from mfa_jax.config import DataConfig, GQAConfig, MLAConfig, ModelConfig, TrainConfig, require
+from mfa_jax.plan import Decoding, Plan, mesh_of, parse_topology, plan_decoding, plan_training, prepare
+from mfa_jax.presets import match_heads, model_preset
+
+DECODE, TRAIN, SCALE = "decode", "train", "scale"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanReportConfig:
+    """Which lines, and where they go."""
+
+    output: str = "experiments/results/plan"
+    """A folder: plan.json, plan.md and the picture are written into it."""
+    only: str = ""
+    """Compile only the lines whose name begins so; the table and the picture show all that are there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One program on one slice."""
+
+    name: str
+    model: Callable[[], ModelConfig]
+    topology: str
+    mesh: str
+    rows: int
+    seq: int
+
+
+def step3_with(attention: Any) -> ModelConfig:
+    """Step-3 with other attention of as many parameters; a vocabulary that 16 shards divide."""
+    model = dataclasses.replace(model_preset("step3"), vocab_size=128896)
+    if attention is None:
+        return model
+    parameters = capacity.attention_parameters(model.attention, model.model_dim)
+    if attention == "mha":
+        # Key heads grow with the query heads, which `match_heads` leaves as they are.
+        heads = 16 * round(parameters / (4 * model.model_dim * 128) / 16)
+        return dataclasses.replace(model, attention=GQAConfig(num_heads=heads, num_kv_heads=heads, head_dim=128))
+    return dataclasses.replace(model, attention=match_heads(attention, model.model_dim, parameters, multiple=16))
+
+
+def _step3(attention: Any) -> Callable[[], ModelConfig]:
+    return lambda: step3_with(attention)
+
+
+def _preset(name: str) -> Callable[[], ModelConfig]:
+    return lambda: model_preset(name)
+
+
+_MLA16 = MLAConfig(num_heads=16, nope_dim=128, rope_dim=64, value_dim=128, latent_dim=512, query_rank=1536)
+_VARIANTS = ("mha", "mla", "mfa", "mfa-kr")
+LINES: Sequence[Line] = (
+    *(Line(f"{DECODE}/paper-7b-{v}", _preset(f"paper-7b-{v}"), "v5p:2x4x4", "data=16,tensor=2", 256, 32768)
+      for v in _VARIANTS),
+    *(Line(f"{DECODE}/step3-{v}", _step3(a), "v5p:4x4x4", "data=4,tensor=16", 128, 8192)
+      for v, a in (("mfa", None), ("mla", _MLA16), ("mha", "mha"))),
+    *(Line(f"{TRAIN}/paper-7b-{v}", _preset(f"paper-7b-{v}"), "v5p:4x4x4", "fsdp=64", 256, 4096) for v in _VARIANTS),
+    *(Line(f"{SCALE}/base-mfa-{chips}", _preset("base-mfa"), f"v5p:{shape}", f"fsdp=4,data={chips // 4}", 4 * chips,
+           2048)
+      for chips, shape in ((8, "2x2x2"), (64, "4x4x4"), (512, "4x8x16"))),
+)
+
+
+def compile_line(line: Line) -> dict[str, Any]:
+    """The plan of a line and the closed forms beside it."""
+    model, topology = dataclasses.replace(line.model(), dtype="bfloat16"), parse_topology(line.topology)
+    mesh = mesh_of(topology, dataclasses.astuple(mesh_config(line.mesh)))
+    plan: Plan
+    if line.name.startswith(DECODE):
+        model = dataclasses.replace(model, param_dtype="bfloat16")
+        plan = plan_decoding(Decoding(model, line.rows, line.seq, "bfloat16"), topology, mesh)
+    else:
+        model = dataclasses.replace(model, remat="full")
+        data = DataConfig(batch_size=line.rows, sequence_length=line.seq)
+        plan = plan_training(TrainConfig(model=model, data=data), topology, mesh)
+    return {
+        "name": line.name, "rows": line.rows, "seq": line.seq, "mesh_asked": line.mesh,
+        "parameters": capacity.model_parameters(model).total, "heads": model.attention.num_heads,
+        "cache_bytes_per_token": capacity.cache_bytes_per_token(model.attention, model.num_layers, "bfloat16"),
+        "date": datetime.date.today().isoformat(), "jax": jax.__version__, "compiler": compiler_version(),
+        "plan": dataclasses.asdict(plan)}
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one row a line."""
+    titles = ("program", "slice, mesh", "rows x tokens", "B parameters", "cache, KB a token", "cache, GiB a chip",
+              "peak, GiB a chip", "GFLOPs a chip", "HBM, GB", "sent, MB", "least step, ms", "without overlap, ms")
+    out = [f"| {' | '.join(titles)} |", "| --- | --- | --- " + "| ---: " * (len(titles) - 3) + "|"]
+    for x in lines:
+        plan, p = x["plan"], x["plan"]["prediction"]
+        chips = parse_topology(plan["topology"]).size
+        decode = x["name"].startswith(DECODE)
+        cache = x["cache_bytes_per_token"] * x["rows"] * x["seq"] / chips / 2**30
+        cells = [x["name"], f"{plan['topology']}, {x['mesh_asked']}", f"{x['rows']} x {x['seq']}",
+                 f"{x['parameters'] / 1e9:.2f}", f"{x['cache_bytes_per_token'] / 1e3:.1f}",
+                 f"{cache:.2f}" if decode else ""]
+        if p is None:
+            asked = "" if plan["bytes_needed"] is None else f", asks for {plan['bytes_needed'] / 2**30:.1f}"
+            cells += [f"does not fit{asked}", *[""] * 5]
+        else:
+            cells += [f"{plan['memory']['peak'] / 2**30:.2f}", f"{p['flops'] / 1e9:.4g}", f"{p['hbm_bytes'] / 1e9:.4g}",
+                      f"{sum(e['bytes_sent'] for e in p['exchanges']) / 1e6:.4g}", f"{1e3 * p['step_seconds']:.4g}",
+                      f"{1e3 * p['step_seconds_without_overlap']:.4g}"]
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out) + "\n"
+
+
+def save_plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Decoding: memory of a chip by what fills it, bytes sent by a chip, least time of a step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [x for x in lines if x["name"].startswith(DECODE)]
+    require(bool(shown), "lines", len(lines), "must hold a decoding line to plot")
+    names = [x["name"].removeprefix(f"{DECODE}/") for x in shown]
+    figure, (memory, sent, seconds) = plt.subplots(1, 3, figsize=(14, 1.6 + 0.4 * len(shown)), sharey=True,
+                                                   layout="constrained")
+    cache = [x["cache_bytes_per_token"] * x["rows"] * x["seq"] / parse_topology(x["plan"]["topology"]).size / 2**30
+             for x in shown]
+    rest = [(x["plan"]["memory"]["peak"] / 2**30 - c) if x["plan"]["memory"] else 0 for x, c in
+            zip(shown, cache, strict=True)]
+    memory.barh(names, cache, color="C2", label="cache")
+    memory.barh(names, rest, left=cache, color="C7", label="weights, temporaries, code")
+    for i, (x, c, r) in enumerate(zip(shown, cache, rest, strict=True)):
+        text = f"{c:.1f} + {r:.1f}" if x["plan"]["fits"] else f"{c:.1f} + weights: does not fit"
+        memory.text(c + r + 1, i, text, va="center", fontsize=8)
+    memory.axvline(95, color="k", linestyle=":", linewidth=1)
+    memory.set_xlim(0, 130)
+    memory.set_xlabel("memory of a chip [GiB]; dotted: 95 GiB of v5p")
+    predictions = [x["plan"]["prediction"] for x in shown]
+    mega = [sum(e["bytes_sent"] for e in p["exchanges"]) / 1e6 if p else 0 for p in predictions]
+    sent.bar_label(sent.barh(names, mega, color="C0"), fmt="%.3g", padding=3, fontsize=8)
+    sent.set_xlabel("sent by a chip in a step [MB]")
+    least = [1e3 * p["step_seconds"] if p else 0 for p in predictions]
+    seconds.bar_label(seconds.barh(names, least, color="C1"), fmt="%.3g", padding=3, fontsize=8)
+    seconds.set_xlabel("least time of a step [ms], from published peaks")
+    for axis in (sent, seconds):
+        axis.margins(x=0.15)
+    memory.invert_yaxis()
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower left", ncols=2, fontsize=8)
+    figure.suptitle("Decoding a token for each row at full caches: compiled for v5p, predicted, not measured")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(config: PlanReportConfig) -> None:
+    prepare()
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "plan.json"
+    done: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for line in LINES:
+        if line.name in done or not line.name.startswith(config.only):
+            continue
+        print(f"{line.name} on {line.topology} ...", file=sys.stderr, flush=True)
+        found = compile_line(line)
+        # Another process may have written lines of its own meanwhile.
+        done = (json.loads(file.read_text()) if file.exists() else {}) | {line.name: found}
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(done, indent=1) + "\n")
+        part.replace(file)
+    ordered = [done[line.name] for line in LINES if line.name in done]
+    (folder / "plan.md").write_text(table(ordered))
+    save_plot(ordered, folder / "decode.png")
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(cli.parse(PlanReportConfig)))

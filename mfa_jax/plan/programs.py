@@ -1,0 +1,106 @@
+"""The programs that a plan compiles: a training step as the loop runs it, the loop that decodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from mfa_jax.config import ModelConfig, TrainConfig
+from mfa_jax.generate import SamplingConfig, lower_decode
+from mfa_jax.generate.loop import abstract_state
+from mfa_jax.model.transformer import Transformer
+from mfa_jax.train import run
+from mfa_jax.train.optimizer import make_optimizer, make_schedule
+from mfa_jax.train.step import BATCH_SPEC, TrainState, jit_step, make_train_step, require_divisible_batch, state_layout
+
+
+def training_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """The abstract state of a run, each leaf with its place on the mesh.
+
+    Raises:
+      ValueError: a size of the model that does not divide over its mesh axes.
+    """
+    model = Transformer(config.model)
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config.optimizer, config.steps, run.abstract_params(model, mesh))
+        return state_layout(config, model, optimizer, mesh)
+
+
+def training_arguments(config: TrainConfig, mesh: Mesh) -> int:
+    """Bytes of the state and the batch on one device.
+
+    Raises:
+      ValueError: a batch or a size of the model that does not divide over its mesh axes.
+    """
+    require_divisible_batch(config, mesh)
+    return bytes_per_device((training_state(config, mesh), _batch(config, mesh)))
+
+
+def _batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    shape, at = (config.data.batch_size, config.data.sequence_length), NamedSharding(mesh, BATCH_SPEC)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "mask" else jnp.int32, sharding=at)
+            for name in ("inputs", "targets", "positions", "segments", "mask")}
+
+
+def lower_training(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """One update of the run, state donated.
+
+    Raises:
+      ValueError: a batch or a size of the model that does not divide over its mesh axes.
+    """
+    require_divisible_batch(config, mesh)
+    model, layout = Transformer(config.model), training_state(config, mesh)
+    optimizer = make_optimizer(config.optimizer, config.steps, layout.params)
+    step = make_train_step(config, model, optimizer, make_schedule(config.optimizer, config.steps))
+    with jax.set_mesh(mesh):
+        return jit_step(step, layout).lower(layout, _batch(config, mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """What is decoded: `rows` sequences, a token each at a time, each with room for `capacity` tokens."""
+
+    model: ModelConfig
+    rows: int
+    capacity: int
+    cache_dtype: str | None = None
+    """None for the model's compute type."""
+
+
+def lower_decoding(decoding: Decoding, mesh: Mesh) -> jax.stages.Lowered:
+    """The loop that decodes greedily, caches donated.
+
+    Raises:
+      ValueError: a size of the model that does not divide over its mesh axes.
+    """
+    model = Transformer(decoding.model)
+    with jax.set_mesh(mesh):
+        return lower_decode(model, run.abstract_params(model, mesh), **_options(decoding))
+
+
+def decoding_arguments(decoding: Decoding, mesh: Mesh) -> int:
+    """Bytes of the parameters, the caches and what each row got, on one device.
+
+    Raises:
+      ValueError: a size of the model that does not divide over its mesh axes.
+    """
+    model = Transformer(decoding.model)
+    with jax.set_mesh(mesh):
+        params = run.abstract_params(model, mesh)
+        return bytes_per_device((params, abstract_state(model, params, **_options(decoding))))
+
+
+def _options(decoding: Decoding) -> dict[str, Any]:
+    return {"batch_size": decoding.rows, "capacity": decoding.capacity, "cache_dtype": decoding.cache_dtype,
+            "sampling": SamplingConfig(temperature=0)}
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that one device holds of abstract arrays, without padding to tiles."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+               for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
