@@ -3,10 +3,13 @@
 It needs JAX's CUDA plug-in, no driver and no toolkit: installed, or in `gpu/` of the virtual environment (`make
 aot-gpu` puts it there). Each line of output is a JSON object: the case, seconds, the blocks of threads that share the
 work, the stages and the shared memory of the kernel, and what ptxas says of registers and spills, the merge included.
+A small model's whole `generate` is compiled besides: `copies` are the arrays of so many tokens that a decoded token
+makes, beside those that it writes in place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.util
@@ -16,6 +19,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +29,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import cli
+from experiments.aot_tpu import CAPACITY, MODELS, compile_model
 from experiments.kernel_cases import BORDERS, CASES, Case, decode
 from mfa_jax import axes
 from mfa_jax.kernels import gpu_memory, gpu_plan, mosaic_gpu
 
-BATCH, CAPACITY = 64, 8192
+BATCH = 64
 REFUSED = ("odd 3x80", "MFA 64x256 float32")
 """Cases that the kernel says it can't serve."""
 _H100 = """
@@ -66,6 +71,8 @@ class AotGpuConfig:
 
     cases: tuple[str, ...] = tuple(name for name in CASES | BORDERS if name not in REFUSED)
     """Names of `kernel_cases.CASES` and `BORDERS`."""
+    generate: bool = True
+    """Also a small model's whole `generate`, for MFA, MFA-KR and MLA."""
     output: str | None = None
     """A folder: gpu.json and the table gpu.md are written into it; none to print only."""
 
@@ -98,7 +105,7 @@ def prepare() -> None:
             "so Python 3.12 or newer: make PYTHON=python3.13 VENV=.venv-newer aot-gpu")
     if plugin_folder().exists():
         sys.path.append(str(plugin_folder()))
-    os.environ.update(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", TF_CPP_MIN_LOG_LEVEL="3", MOSAIC_GPU_DUMP_PTXAS="1")
+    os.environ.update(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", TF_CPP_MIN_LOG_LEVEL="3")
     jax.config.update("jax_platforms", "cpu")
 
 
@@ -129,14 +136,25 @@ def plan_of(case: Case, B: int = BATCH, S: int = CAPACITY) -> gpu_plan.Plan:
     return gpu_memory.with_stages(gpu_plan.make_plan(case.call(S), B, case.K, 132, case.H**-0.5, stages=2))
 
 
+@contextlib.contextmanager
+def _dumping_to(folder: str) -> Iterator[None]:
+    """Mosaic GPU writes what ptxas says into a folder."""
+    settings = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": folder}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name in settings:
+            del os.environ[name]
+
+
 def compile_case(name: str, mesh: Mesh, reports: dict[gpu_plan.Plan, str]) -> dict[str, Any]:
     """One line of output; `reports` has ptxas' words on kernels of earlier cases, which are not compiled again."""
     case = (CASES | BORDERS)[name]
     sharding = NamedSharding(mesh, PartitionSpec())
     arrays = case.arguments(BATCH, CAPACITY, lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+    with tempfile.TemporaryDirectory() as folder, _dumping_to(folder), jax.set_mesh(mesh):
         local = jax.shard_map(lambda x: decode(case, x, "mosaic_gpu"), in_specs=PartitionSpec(),
                               out_specs=PartitionSpec(), check_vma=False)
         jax.jit(local).lower(arrays).compile()
@@ -150,6 +168,33 @@ def compile_case(name: str, mesh: Mesh, reports: dict[gpu_plan.Plan, str]) -> di
             "stages": plan.stages, "shared_bytes": gpu_memory.bytes_of(plan),
             "registers": max(int(n) for n in re.findall(r"Used (\d+) registers", text)),
             "spill_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", text))}
+
+
+def compile_generate(attention: Any, cache_dtype: str, mesh: Mesh) -> dict[str, Any]:
+    """One line of output."""
+    start = time.perf_counter()
+    program = compile_model(attention, mesh, cache_dtype, "mosaic_gpu").as_text()
+    return {"case": f"generate {attention.variant} {cache_dtype}", "seconds": round(time.perf_counter() - start, 1),
+            "kernels": program.count('custom_call_target="mosaic_gpu'), "copies": copies(program)}
+
+
+_MADE = re.compile(r"\s*(?:ROOT )?%?(\S+) = (\(.*?\)|\S+) ([\w-]+)\(")
+_PLUMBING = ("get-tuple-element", "parameter", "bitcast", "tuple", "while")
+
+
+def copies(program: str, S: int = CAPACITY) -> list[str]:
+    """Instructions of a program's loops whose result has S tokens; XLA scatters into the array that it is given."""
+    bodies = set(re.findall(r"body=%?([\w.-]+)", program))
+    found = []
+    for text in re.split(r"\n(?=%|ENTRY)", program):
+        name = re.match(r"%?([\w.-]+)", text)
+        if name is None or name[1] not in bodies:
+            continue
+        for line in text.splitlines():
+            made = _MADE.match(line)
+            if made and re.search(rf"\b{S}\b", made[2]) and made[3] not in _PLUMBING and "scatter" not in made[1]:
+                found.append(f"{made[1]} {made[2]}")
+    return found
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -172,6 +217,10 @@ def main(config: AotGpuConfig) -> None:
     for name in config.cases:
         lines.append(compile_case(name, mesh, reports))
         print(json.dumps(lines[-1]), flush=True)
+    if config.generate:
+        for attention in MODELS:
+            for cache_dtype in ("bfloat16", "int8"):
+                print(json.dumps(compile_generate(attention, cache_dtype, mesh)), flush=True)
     if config.output is not None:
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)

@@ -76,11 +76,16 @@ def compile_kernel(case: Case, mesh: Mesh, B: int = BATCH, S: int = CAPACITY) ->
         return jax.jit(local).lower(arguments).compile()
 
 
-def compile_model(attention: Any, mesh: Mesh, cache_dtype: str = "bfloat16") -> Any:
+MODELS = (MFAConfig(num_heads=64, latent_dim=256), MFAKRConfig(num_heads=64, latent_dim=256),
+          MLAConfig(num_heads=128, latent_dim=512, rope_dim=64))
+"""Attention of the models whose whole `generate` is compiled."""
+
+
+def compile_model(attention: Any, mesh: Mesh, cache_dtype: str, implementation: Any) -> Any:
     """The compiled `generate` of a small model with real widths of attention."""
     model = Transformer(ModelConfig(
         num_layers=2, model_dim=512, ffn_dim=1024, attention=attention, dtype="bfloat16", param_dtype="bfloat16",
-        attention_implementation="blockwise", decode_implementation="mosaic_tpu"))
+        attention_implementation="blockwise", decode_implementation=implementation))
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, PartitionSpec())
         place = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding))
@@ -117,11 +122,10 @@ def main(config: AotTpuConfig) -> None:
             program = compile_kernel(case, mesh)
             _report(chip, name, start, program, copies(program, CAPACITY))
         if config.generate:
-            for attention in (MFAConfig(num_heads=64, latent_dim=256), MFAKRConfig(num_heads=64, latent_dim=256),
-                              MLAConfig(num_heads=128, latent_dim=512, rope_dim=64)):
+            for attention in MODELS:
                 for cache_dtype in ("bfloat16", "int8"):
                     start = time.perf_counter()
-                    program = compile_model(attention, mesh, cache_dtype)
+                    program = compile_model(attention, mesh, cache_dtype, "mosaic_tpu")
                     _report(chip, f"generate {attention.variant} {cache_dtype}", start, program,
                             copies(program, CAPACITY, in_loops=True))
 

@@ -255,5 +255,24 @@ def test_every_case_compiles_for_an_h100_without_spills() -> None:
                           env={**os.environ})
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {x["case"] for x in lines} == {*CASES, *BORDERS} - set(aot_gpu.REFUSED)
-    assert all(x["spill_bytes"] == 0 for x in lines), lines
+    kernels, programs = lines[:-6], lines[-6:]
+    assert {x["case"] for x in kernels} == {*CASES, *BORDERS} - set(aot_gpu.REFUSED)
+    assert all(x["spill_bytes"] == 0 for x in kernels), kernels
+    assert all(x["case"].startswith("generate") and x["kernels"] and not x["copies"] for x in programs), programs
+
+
+def test_copies_are_found_in_loops() -> None:
+    program = """
+%region_1 (p: s8[4,8192]) -> s8[4,8192] {
+  %gte = s8[4,8192]{1,0} get-tuple-element(%p), index=0
+  %input_scatter_fusion = s8[4,8192]{1,0} fusion(%gte), kind=kInput, metadata={}
+  %other = s8[4,81920]{1,0} fusion(%gte)
+  %pair = (f32[4]{0}, s8[4,8192]{1,0}) fusion(%gte), kind=kLoop
+  ROOT %copy.1 = s8[4,8192]{0,1} copy(%gte), metadata={}
+}
+ENTRY %main () -> s8[4,8192] {
+  %copy.2 = s8[4,8192]{0,1} copy(%x)
+  ROOT %w = s8[4,8192] while(%copy.2), condition=%c, body=%region_1
+}
+"""
+    assert aot_gpu.copies(program) == ["pair (f32[4]{0}, s8[4,8192]{1,0})", "copy.1 s8[4,8192]{0,1}"]
