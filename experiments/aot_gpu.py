@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.util
 import json
 import os
@@ -32,7 +33,10 @@ from experiments import cli
 from experiments.aot_tpu import CAPACITY, MODELS, compile_model
 from experiments.kernel_cases import BORDERS, CASES, Case, decode
 from mfa_jax import axes
+from mfa_jax.attention.cached import Serving, cached_attention
+from mfa_jax.cache import SharedKVCache
 from mfa_jax.kernels import gpu_memory, gpu_plan, mosaic_gpu
+from mfa_jax.kernels.sharded import LAYOUTS
 
 BATCH = 64
 REFUSED = ("odd 3x80", "MFA 64x256 float32")
@@ -72,7 +76,7 @@ class AotGpuConfig:
     cases: tuple[str, ...] = tuple(name for name in CASES | BORDERS if name not in REFUSED)
     """Names of `kernel_cases.CASES` and `BORDERS`."""
     generate: bool = True
-    """Also a small model's whole `generate`, for MFA, MFA-KR and MLA."""
+    """Also a small model's whole `generate`, for MFA, MFA-KR and MLA, and a step of MFA over four GPUs."""
     output: str | None = None
     """A folder: gpu.json and the table gpu.md are written into it; none to print only."""
 
@@ -109,18 +113,18 @@ def prepare() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def h100_mesh() -> Mesh:
-    """One H100, with the axes of every mesh of ours.
+def h100_mesh(tensor: int = 1) -> Mesh:
+    """So many H100s on the mesh axis `tensor`.
 
     Raises:
       RuntimeError: the CUDA plug-in is not installed.
     """
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="h100", target_config=_H100, topology="1x1x1")
+            platform="cuda", topology_name="h100", target_config=_H100, topology=f"1x1x{tensor}")
     except (RuntimeError, NotImplementedError) as error:
         raise RuntimeError("the CUDA plug-in of JAX is not there, `make aot-gpu` installs it") from error
-    return axes.make_mesh((1,) * len(axes.MESH_AXES), topology.devices[:1])
+    return axes.make_mesh((*(1,) * (len(axes.MESH_AXES) - 1), tensor), topology.devices)
 
 
 def kernel(case: Case, arrays: dict[str, Any]) -> Any:
@@ -197,6 +201,24 @@ def copies(program: str, S: int = CAPACITY) -> list[str]:
     return found
 
 
+def compile_layout(layout: str) -> dict[str, Any]:
+    """One line of output: MFA over four GPUs, and what they exchange."""
+    start, case = time.perf_counter(), CASES["MFA 64x256"]
+    mesh = h100_mesh(tensor=4)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    arrays = case.arguments(BATCH, CAPACITY, lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
+    cache = SharedKVCache(arrays["lengths"], arrays["k"], arrays["v"])
+    new = jax.ShapeDtypeStruct((BATCH, 1, case.H), case.dtype, sharding=sharding)
+    serving = Serving(decode="mosaic_gpu", layout=layout)
+    with jax.set_mesh(mesh):
+        step = jax.jit(functools.partial(cached_attention, scale=case.H**-0.5, serving=serving))
+        program = str(step.lower(arrays["q"], cache, (new, new)).compile().as_text())
+    exchanges = r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    return {"case": f"layout {layout}", "seconds": round(time.perf_counter() - start, 1),
+            "kernels": program.count('custom_call_target="mosaic_gpu'),
+            "exchanges": sorted(set(re.findall(exchanges, program)))}
+
+
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown."""
     titles = ("case", "KiB a block", "blocks on their way", "warpgroups", "shares", "shared memory, KiB",
@@ -221,6 +243,8 @@ def main(config: AotGpuConfig) -> None:
         for attention in MODELS:
             for cache_dtype in ("bfloat16", "int8"):
                 print(json.dumps(compile_generate(attention, cache_dtype, mesh)), flush=True)
+        for layout in LAYOUTS:
+            print(json.dumps(compile_layout(layout)), flush=True)
     if config.output is not None:
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)

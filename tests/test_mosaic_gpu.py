@@ -255,7 +255,10 @@ def test_every_case_compiles_for_an_h100_without_spills() -> None:
                           env={**os.environ})
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels, programs = lines[:-6], lines[-6:]
+    kernels, programs, layouts = lines[:-9], lines[-9:-3], lines[-3:]
+    assert {x["case"]: x["exchanges"] for x in layouts} == {
+        "layout heads": [], "layout batch": ["all-to-all"],
+        "layout sequence": ["all-gather", "all-reduce", "reduce-scatter"]}
     assert {x["case"] for x in kernels} == {*CASES, *BORDERS} - set(aot_gpu.REFUSED)
     assert all(x["spill_bytes"] == 0 for x in kernels), kernels
     assert all(x["case"].startswith("generate") and x["kernels"] and not x["copies"] for x in programs), programs
