@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import cli
 from experiments.aot_tpu import CAPACITY, MODELS, compile_model
-from experiments.kernel_cases import BORDERS, CASES, Case, decode
+from experiments.kernel_cases import BORDERS, CASES, GPU_BORDERS, Case, decode
 from mfa_jax import axes
 from mfa_jax.attention.cached import Serving, cached_attention
 from mfa_jax.cache import SharedKVCache
@@ -39,6 +39,7 @@ from mfa_jax.kernels import gpu_memory, gpu_plan, mosaic_gpu
 from mfa_jax.kernels.sharded import LAYOUTS
 
 BATCH = 64
+EVERY = CASES | BORDERS | GPU_BORDERS
 REFUSED = ("odd 3x80", "MFA 64x256 float32")
 """Cases that the kernel says it can't serve."""
 _H100 = """
@@ -73,8 +74,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 class AotGpuConfig:
     """What is compiled."""
 
-    cases: tuple[str, ...] = tuple(name for name in CASES | BORDERS if name not in REFUSED)
-    """Names of `kernel_cases.CASES` and `BORDERS`."""
+    cases: tuple[str, ...] = tuple(name for name in EVERY if name not in REFUSED)
+    """Names of `EVERY`, the cases of `kernel_cases`."""
     generate: bool = True
     """Also a small model's whole `generate`, for MFA, MFA-KR and MLA, and a step of MFA over four GPUs."""
     output: str | None = None
@@ -82,8 +83,8 @@ class AotGpuConfig:
 
     def __post_init__(self) -> None:
         for name in self.cases:
-            if name not in CASES | BORDERS:
-                raise ValueError(f"cases={name!r}: must be of {', '.join(CASES | BORDERS)}")
+            if name not in EVERY:
+                raise ValueError(f"cases={name!r}: must be of {', '.join(EVERY)}")
 
 
 def plugin_folder() -> Path:
@@ -137,7 +138,7 @@ def kernel(case: Case, arrays: dict[str, Any]) -> Any:
 
 def plan_of(case: Case, B: int = BATCH, S: int = CAPACITY) -> gpu_plan.Plan:
     """What the kernel decides for a case on an H100."""
-    return gpu_memory.with_stages(gpu_plan.make_plan(case.call(S), B, case.K, 132, case.H**-0.5, stages=2))
+    return gpu_memory.with_stages(gpu_plan.make_plan(case.call(S), B, case.K, 132, case.H**-0.5))
 
 
 @contextlib.contextmanager
@@ -154,7 +155,7 @@ def _dumping_to(folder: str) -> Iterator[None]:
 
 def compile_case(name: str, mesh: Mesh, reports: dict[gpu_plan.Plan, str]) -> dict[str, Any]:
     """One line of output; `reports` has ptxas' words on kernels of earlier cases, which are not compiled again."""
-    case = (CASES | BORDERS)[name]
+    case = EVERY[name]
     sharding = NamedSharding(mesh, PartitionSpec())
     arrays = case.arguments(BATCH, CAPACITY, lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
     start = time.perf_counter()

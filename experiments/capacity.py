@@ -33,7 +33,7 @@ class Arguments:
     context: int = 8192
     """Tokens in the cache when the next one is decoded."""
     cache_dtype: str = "bfloat16"
-    """What the cache holds: float32, bfloat16, float16, float8 or int8 (1 byte an element, scales not counted)."""
+    """What the cache holds: float32, bfloat16, float16, float8_e4m3fn or int8 (scales are not counted)."""
     json: bool = False
     """Print JSON instead of a table: one object, for several models keyed by their names."""
     plot: str | None = None

@@ -20,8 +20,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -129,7 +127,7 @@ def main(config: ConvertConfig) -> None:
     require(tokenizer.vocab_size <= given.vocab_size, "tokenizer.vocab_size", tokenizer.vocab_size,
             f"must be at most the model's vocab_size={given.vocab_size}")
     found, converted, layers = convert(config, given, params, tokenizer)
-    save_run(config.out, found, jax.tree.map(jnp.asarray, converted), tokenizer)
+    save_run(config.out, found, converted, tokenizer)
     shutil.rmtree(unfinished(config.out), ignore_errors=True)
     if config.report:
         for layer in layers:

@@ -104,7 +104,14 @@ BORDERS = {
     "MFA-KR 64x256 int8, 2 drafted": dataclasses.replace(_MFA_KR, T=2, cache_dtype="int8"),
     "MLA 128x(512+64), 8 drafted": dataclasses.replace(_MLA, T=8),
 }
-"""What only has to compile: the widths, head counts, types and encodings at the ends of what is served."""
+"""What only has to compile, everywhere: the widths, head counts, types and encodings at the ends of what is served."""
 PAPER = {name: case_of(published[name].attention)
          for name in ("paper-7b-mha", "paper-7b-mla", "paper-7b-mfa", "paper-7b-mfa-kr")}
 """The 7B models of the paper, as `presets` has them."""
+GPU_BORDERS = {
+    "MFA-KR 64x256 float8": dataclasses.replace(_MFA_KR, cache_dtype="float8_e4m3fn"),
+    "MLA 128x(512+64) float8": dataclasses.replace(_MLA, cache_dtype="float8_e4m3fn"),
+    "MLA 128x(512+64), ALiBi": dataclasses.replace(_MLA, alibi=True),
+    "MFA 64x320 int8": Case(64, 320, cache_dtype="int8"),
+}
+"""What has to compile on a GPU besides: types that TPUs do not read, and the limits of its memory."""

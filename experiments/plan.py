@@ -67,7 +67,7 @@ class Arguments:
     """What is computed in."""
     param_dtype: DType | None = None
     """What parameters are stored in; none for float32 in training, bfloat16 in decoding."""
-    cache_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
+    cache_dtype: Literal["float32", "bfloat16", "int8", "float8_e4m3fn"] = "bfloat16"
     """What the cache holds."""
     vocab_size: int | None = None
     """Rows of the tables in place of the model's own number, where that does not divide over `tensor`."""

@@ -8,7 +8,7 @@ Conventions, under which the printed digits of both papers come out:
   heads that share it twice: as a key, as a value.
 - MLA decodes absorbed, and the whole cached row `[c ; k_rope]` serves as key and as value, so that a head costs
   `4 (C + R)` a position. Leaving the R rope elements out of the average would cost `4C + 2R`.
-- A cache of int8 or float8 counts 1 byte an element, without scales.
+- A cache of int8 or float8_e4m3fn counts 1 byte an element, without scales.
 - KB is 1000 bytes.
 """
 
@@ -19,7 +19,7 @@ import math
 
 from mfa_jax.config import AttentionConfig, GQAConfig, MLAConfig, ModelConfig, require
 
-CACHE_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1}
+CACHE_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1}
 """Bytes of one cached element."""
 
 

@@ -130,6 +130,10 @@ def test_targets_are_ratios_of_what_was_measured() -> None:
     assert slow["found"] == pytest.approx(1.25) and slow["met"] is False
     worst = found["best peer's time over ours, at the worst point (MFA 64x256 int8)"]
     assert worst["found"] == pytest.approx(0.5) and worst["met"] is False
+    failed = point("MFA 64x256", "bfloat16", 1e-3, 2e-3)
+    del failed["sides"]["fast"]["seconds"]
+    worst = targets({"layer": [], "points": [failed]})[-1]
+    assert worst["found"] == 0 and worst["met"] is False
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def test_a_narrow_query_latent_bounds_the_rank_of_a_head() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width"), [("float32", 4), ("bfloat16", 2), ("float16", 2), ("float8", 1), ("int8", 1)]
+    ("dtype", "width"), [("float32", 4), ("bfloat16", 2), ("float16", 2), ("float8_e4m3fn", 1), ("int8", 1)]
 )
 def test_cache_bytes(dtype: str, width: int) -> None:
     assert capacity.cache_bytes_per_token(MFA, num_layers=5, cache_dtype=dtype) == 5 * 16 * width

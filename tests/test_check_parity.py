@@ -43,6 +43,11 @@ def test_a_run_and_its_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     with pytest.raises(ParityError, match="exceeds tolerance=0.001"):
         main(CheckParityConfig(run, str(tmp_path / "other"), text=text, tolerance=1e-3))
     assert "kl" not in json.loads(capsys.readouterr().out)
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, c.params)
+    save_pretrained(tmp_path / "broken", c.config, broken, context_length=64)
+    with pytest.raises(ParityError, match="largest difference nan exceeds tolerance=0.001"):
+        main(CheckParityConfig(run, str(tmp_path / "broken"), text=text, tolerance=1e-3))
+    capsys.readouterr()
     trained = load_trained(run)
     assert trained.step == 0 and isinstance(trained.tokenizer, ByteTokenizer)
     with pytest.raises(ValueError, match="must not exist yet"):

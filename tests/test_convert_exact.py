@@ -55,7 +55,7 @@ def test_decoding_and_a_saved_run(target: str, tmp_path: Path) -> None:
     """Through the cache, with frequencies of its own, and as a run that every script reads."""
     c = compiled(model_config("gqa", vocab_size=264))
     config, params = CONVERSIONS[target](c.config, c.params)
-    save_run(tmp_path / "run", config, jax.tree.map(jnp.asarray, params), ByteTokenizer())
+    save_run(tmp_path / "run", config, params, ByteTokenizer())
     trained = load_trained(tmp_path / "run")
     assert trained.model.config == config
     step = jax.jit(lambda t, cache: trained.model.apply({"params": trained.params}, t, cache=cache))
@@ -112,9 +112,9 @@ def test_a_trained_model(data_dir: Path, target: str) -> None:
 @targets
 def test_smollm2(data_dir: Path, target: str) -> None:
     """The first quarter of the golden tokens: the converted projections are three times as wide."""
+    config, params = CONVERSIONS[target](*load_pretrained(smollm2()))
     golden = np.load(data_dir / "models" / "smollm2-135m" / "golden_hf_fp32.npz")
     ids = golden["ids"][:128]
-    config, params = CONVERSIONS[target](*load_pretrained(smollm2()))
     found = logits(config, params, ids[None])[0]
     log_p = found - np.log(np.exp(found - found.max(-1, keepdims=True)).sum(-1, keepdims=True))
     log_p -= found.max(-1, keepdims=True)

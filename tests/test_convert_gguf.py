@@ -136,8 +136,9 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_smollm2_against_golden_losses(data_dir: Path) -> None:
     """Golden: `transformers` in float32 on the same weights, dequantised."""
+    path = smollm2()
     golden = np.load(data_dir / "models" / "smollm2-135m" / "golden_hf_fp32.npz")
-    path, ids = smollm2(), golden["ids"]
+    ids = golden["ids"]
     config, params = load_pretrained(path)
     logits, _ = jax.jit(Transformer(config).apply)({"params": params}, ids[None])
     log_p = np.asarray(jax.nn.log_softmax(logits[0]), np.float64)

@@ -85,8 +85,10 @@ def test_a_model_that_needs_less_loses_nothing() -> None:
 def test_an_interrupted_conversion_goes_on(tmp_path: Path) -> None:
     c, text, seen = compiled(model_config("gqa")), np.asarray(TEXT), []
 
-    def convert(folder: Path | None, on_layer: Any = seen.append, ridge: float = 0.01) -> Any:
-        return reduce_gqa(c.config, c.params, text, target="mfa_kr", width=22, folder=folder, on_layer=on_layer,
+    def convert(
+        folder: Path | None, on_layer: Any = seen.append, ridge: float = 0.01, params: Any = c.params
+    ) -> Any:
+        return reduce_gqa(c.config, params, text, target="mfa_kr", width=22, folder=folder, on_layer=on_layer,
                           ridge=ridge)
 
     def interrupt(report: Any) -> None:
@@ -96,6 +98,8 @@ def test_an_interrupted_conversion_goes_on(tmp_path: Path) -> None:
         convert(tmp_path / "half", interrupt)
     with pytest.raises(ValueError, match="holds another conversion"):
         convert(tmp_path / "half", ridge=0.02)
+    with pytest.raises(ValueError, match="holds another conversion"):  # of another fine-tune
+        convert(tmp_path / "half", params={**c.params, "layers": jax.tree.map(lambda x: x * 1.01, c.params["layers"])})
     config, params, reports = convert(tmp_path / "half")
     assert [report.layer for report in seen] == [1] and [report.layer for report in reports] == [0, 1]
     whole = convert(None)

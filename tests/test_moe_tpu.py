@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import aot_tpu
+from mfa_jax.plan import compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 M, D, F, E = 2048, 1024, 640, 16
@@ -79,7 +80,7 @@ def collectives(chip: str) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(aot_tpu.libtpu() is None, reason="the compiler for TPUs is not there: make aot-tpu")
+@pytest.mark.skipif(compiler.libtpu() is None, reason="the compiler for TPUs is not there: make aot-tpu")
 def test_tokens_travel_to_their_experts_and_weights_stay() -> None:
     """All that crosses the axis but the ragged exchange is smaller than one expert."""
     found = in_a_process("collectives", "v5e")
@@ -99,7 +100,7 @@ def in_a_process(what: str, chip: str) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", aot_tpu.TOPOLOGIES)
-@pytest.mark.skipif(aot_tpu.libtpu() is None, reason="the compiler for TPUs is not there: make aot-tpu")
+@pytest.mark.skipif(compiler.libtpu() is None, reason="the compiler for TPUs is not there: make aot-tpu")
 def test_auto_works_on_the_groups_alone_forward_and_backward(chip: str) -> None:
     """Three products, where the gradient of `ragged_dot` multiplies every row with every expert."""
     found = in_a_process("flops", chip)
@@ -108,7 +109,7 @@ def test_auto_works_on_the_groups_alone_forward_and_backward(chip: str) -> None:
 
 
 if __name__ == "__main__":
-    aot_tpu.prepare()
+    compiler.prepare()
     what, chip = sys.argv[1:]
     print(json.dumps(collectives(chip) if what == "collectives" else {
         name: flops(chip, name) for name in ("auto", "ragged_dot")}))

@@ -14,7 +14,7 @@ import pytest
 from mfa_jax import axes
 from mfa_jax.attention.cached import Serving, cached_attention
 from mfa_jax.cache import Cache, KeyCache, KVCache, SharedKVCache, allocate
-from mfa_jax.kernels.sharded import LAYOUTS, choose
+from mfa_jax.kernels.sharded import LAYOUTS, ROW_AXES, choose
 
 B, N, S, C = 8, 8, 16, 8
 CACHES: dict[str, Any] = {
@@ -48,6 +48,7 @@ def make(
 @pytest.mark.parametrize("layout", ["auto", *LAYOUTS])
 @pytest.mark.parametrize(("sizes", "T", "dtype"), [
     ((2, 1, 1, 1, 4), 1, "float32"), ((1, 1, 1, 2, 4), 3, "int8"), ((1, 2, 1, 4, 1), 2, "float32"),
+    ((2, 1, 2, 1, 2), 1, "float32"),
 ])
 def test_every_layout_equals_one_device(variant: str, layout: str, sizes: tuple[int, ...], T: int, dtype: str) -> None:
     q, cache, new, options = make(variant, T, dtype)
@@ -107,6 +108,13 @@ def test_a_device_holds_and_exchanges_what_the_table_says(layout: str, share: in
 ])
 def test_the_rule(sizes: dict[str, int], shape: dict[str, int], name: str) -> None:
     assert choose(sizes, N=8, **shape).name == name
+
+
+def test_rows_are_split_by_the_axes_that_split_a_batch() -> None:
+    """As far as they divide: four rows do not go over two by two by four devices, but over the first two axes."""
+    assert ROW_AXES == axes.RULES.batch
+    assert choose({"data": 2, "fsdp": 2, "expert": 4}, N=8, B=4, K=1, S=64).rows == ("data", "fsdp")
+    assert choose({"data": 2, "fsdp": 2, "expert": 2}, N=8, B=8, K=1, S=64).rows == ("data", "fsdp", "expert")
 
 
 @pytest.mark.parametrize(("layout", "shape", "message"), [

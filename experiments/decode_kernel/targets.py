@@ -55,7 +55,10 @@ def _times_as_fast(record: dict[str, Any], one: tuple[str, str, int], other: tup
 
 def _over_best_peer(point: dict[str, Any]) -> float | None:
     ours, others = point["sides"][point["auto"]], [s["seconds"] for s in peers(point).values() if "seconds" in s]
-    return min(others) / ours["seconds"] if others and "seconds" in ours else None
+    if not others:
+        return None
+    # A failure of ours is slower than any peer.
+    return min(others) / ours["seconds"] if "seconds" in ours else 0.0
 
 
 def peers(point: dict[str, Any]) -> dict[str, Any]:

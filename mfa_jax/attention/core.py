@@ -7,6 +7,7 @@
 | `splash` | TPU | in the kernel | self-attention, segments; T a multiple of 128 |
 | `cudnn` | NVIDIA GPU | in the kernel | self-attention in 16 bits, width at most 128 (256 from Hopper on) |
 | `tokamax` | optional package | in the kernel | self-attention |
+| `context` | a mesh that splits the sequence | one block | training: self-attention in zig-zag order, segments, ALiBi |
 
 `resolve` says what `auto` chooses, and why a named one can't serve. Nothing is replaced without being asked.
 """
@@ -116,7 +117,8 @@ def resolve(
         raise ValueError(f"implementation={implementation!r}: must be one of auto, {', '.join(IMPLEMENTATIONS)}")
     reason = obstacle(implementation)
     if reason is not None:
-        able = [name for name in IMPLEMENTATIONS if obstacle(name) is None]
+        # `context` takes tokens in an order that only a training step lays them in.
+        able = [name for name in IMPLEMENTATIONS if name != "context" and obstacle(name) is None]
         raise NotImplementedError(f"implementation={implementation!r}: {reason}; use one of auto, {', '.join(able)}")
     return implementation
 

@@ -46,7 +46,8 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products, everything in a block."""
     attention_implementation: Literal["auto", "dense", "blockwise", "splash", "cudnn", "tokamax", "context"] = "auto"
     """Attention for training and prefill, by name; auto resolves by device and size, `core.resolve` says to what.
-    Training on a mesh that splits the sequence takes `context` for auto."""
+    Training on a mesh that splits the sequence takes `context` for auto, which is for training steps alone: it takes
+    tokens in zig-zag order, as `train.step` lays them."""
     decode_implementation: Literal["auto", "reference", "xla", "mosaic_tpu", "mosaic_tpu_interpret", "mosaic_gpu",
                                    "mosaic_gpu_interpret"] = "auto"
     """Attention of decoding, by name; auto resolves by device and shape, `kernels.resolve` says to what."""

@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -96,9 +97,11 @@ def reduce_gqa(
     attention = MFAConfig(**widths) if target == "mfa" else MFAKRConfig(**widths, alpha_init=1.0)
     progress = None
     if folder is not None:
-        digest = hashlib.sha256(tokens.tobytes() + np.asarray(params["embed"]).tobytes()).hexdigest()
+        digest = hashlib.sha256(tokens.tobytes())
+        for leaf in jax.tree.leaves(params):
+            digest.update(np.asarray(leaf).tobytes())
         progress = Progress(folder, {"config": to_dict(config), "attention": to_dict(attention), "ridge": ridge,
-                                     "tokens": list(tokens.shape), "digest": digest})
+                                     "tokens": list(tokens.shape), "digest": digest.hexdigest()})
     reducer = _Reducer(config, params, tokens, attention, ridge, progress, on_layer)
     new, converted = rebuilt(config, params, attention, reducer.convert)
     return new, converted, reducer.reports

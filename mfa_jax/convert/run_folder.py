@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from mfa_jax.config import ModelConfig, TrainConfig, require, to_dict, to_json
 from mfa_jax.convert.files import appearing, require_free
 from mfa_jax.data import Tokenizer
@@ -16,7 +19,7 @@ def save_run(folder: str | Path, config: ModelConfig, params: Any, tokenizer: To
     """Writes a model as step 0 of a run that has not been trained; the folder appears when it is complete.
 
     Args:
-      params: jax arrays, layers stacked.
+      params: arrays, layers stacked.
 
     Raises:
       ValueError: the folder is taken, or a tokenizer larger than the vocabulary.
@@ -30,4 +33,4 @@ def save_run(folder: str | Path, config: ModelConfig, params: Any, tokenizer: To
         tokenizer.save(partial / TOKENIZER)
         (partial / CONFIG).write_text(to_json(train))
         with Checkpoints(partial / CHECKPOINTS) as checkpoints:
-            checkpoints.save(0, {"params": params}, {"config": to_dict(train)}, wait=True)
+            checkpoints.save(0, {"params": jax.tree.map(jnp.asarray, params)}, {"config": to_dict(train)}, wait=True)

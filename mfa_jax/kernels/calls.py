@@ -7,6 +7,10 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+SCALED = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
+"""Types of stored elements that have a scale a token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Device:
     compute_capability: float = 0.0
     """Of an NVIDIA GPU, such as 9.0; else 0."""
     cores: int = 0
-    """Streaming multiprocessors of a GPU; else 0."""
+    """Streaming multiprocessors of a GPU; 0 where that is not known, or it is none."""
 
 
 _HOPPER = re.compile(r"NVIDIA (H100|H200|H800|H20|GH200)\b")
@@ -58,7 +62,7 @@ def default_device() -> Device:
     if abstract is not None and abstract.platform == "gpu":
         # An abstract device has no compute capability.
         capability = 9.0 if _HOPPER.match(abstract.device_kind) else 0.0
-        return Device("gpu", abstract.device_kind, capability, abstract.num_cores)
+        return Device("gpu", abstract.device_kind, capability, abstract.num_cores or 0)
     if abstract is not None:
         return Device(abstract.platform, abstract.device_kind)
     device = jax.devices()[0]

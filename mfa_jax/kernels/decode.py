@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from mfa_jax.kernels import gpu_plan, mosaic_gpu, mosaic_tpu, reference, tpu_plan, xla
-from mfa_jax.kernels.calls import Call, Device, default_device
+from mfa_jax.kernels import mosaic_gpu, mosaic_tpu, reference, tpu_plan, xla
+from mfa_jax.kernels.calls import SCALED, Call, Device, default_device
 
 
 class Backend(NamedTuple):
@@ -40,12 +39,10 @@ IMPLEMENTATIONS: dict[str, Backend] = {
     "mosaic_tpu_interpret": Backend(
         functools.partial(mosaic_tpu.decode_attention, interpret=pltpu.InterpretParams()),
         functools.partial(tpu_plan.obstacle, interpret=True), takes_heads=True),
-    "mosaic_gpu": Backend(mosaic_gpu.decode_attention, gpu_plan.obstacle, takes_heads=True),
+    "mosaic_gpu": Backend(mosaic_gpu.decode_attention, mosaic_gpu.obstacle, takes_heads=True),
     "mosaic_gpu_interpret": Backend(
-        _gpu_interpreted, functools.partial(gpu_plan.obstacle, interpret=True), takes_heads=True),
+        _gpu_interpreted, functools.partial(mosaic_gpu.obstacle, interpret=True), takes_heads=True),
 }
-SCALED = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
-"""Types of stored elements that have a scale a token."""
 _KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
 """What `auto` takes on a platform, where it can serve; `xla` otherwise."""
 MAX_QUERIES = 8

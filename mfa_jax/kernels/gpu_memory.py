@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mfa_jax.kernels.gpu_plan import BLOCK, MAX_STAGES, TILE, Plan
+from mfa_jax.kernels.gpu_plan import BLOCK, TILE, Plan
 
 LIMIT = 232448
 """Bytes that a block of threads may have on Hopper."""
 _ALIGNMENT, _BARRIERS = 1024, 512
+MAX_STAGES = 6
+"""Blocks on their way, at most."""
 COLUMNS = 64
 """Of a tile that are turned, widened or cleared at once, in registers."""
 
@@ -69,7 +71,7 @@ class Ring(NamedTuple):
 
 def rings(plan: Plan, refs: dict[str, Any]) -> dict[str, Ring]:
     """By name: k and v as they are stored, their scales; keys and values as they were prepared; weights."""
-    sizes = {"k": plan.stages, "v": plan.stages, "scales": plan.stages, "keys": 1, "values": 1, "weights": 1}
+    sizes = dict.fromkeys(("k", "v", "scales"), plan.stages) | {"keys": plan.key_slots, "values": 1, "weights": 1}
     return {name: Ring(refs.get(f"{name}_ring"), refs[f"{name}_full"], refs[f"{name}_free"], size)
             for name, size in sizes.items() if f"{name}_full" in refs}
 
@@ -123,8 +125,9 @@ def scratch(plan: Plan) -> dict[str, Any]:
         out |= {"scales_full": barrier(num_arrivals=len(names), num_barriers=n), "scales_free": barrier(num_barriers=n)}
     if plan.prepares:
         both = plan.narrow and not plan.widens_values
-        out |= {"keys_ring": _tile(BLOCK, plan.H, wide, keys, 1), "keys_full": barrier(),
-                "keys_free": barrier(num_arrivals=1 + (readers if both else 0))}
+        slots = plan.key_slots
+        out |= {"keys_ring": _tile(BLOCK, plan.H, wide, keys, slots), "keys_full": barrier(num_barriers=slots),
+                "keys_free": barrier(num_arrivals=1 + (readers if both else 0), num_barriers=slots)}
     if plan.widens_values:
         out |= {"values_ring": _tile(BLOCK, plan.h, wide, values, 1), "values_full": barrier(),
                 "values_free": barrier(num_arrivals=readers)}
@@ -145,9 +148,20 @@ def bytes_of(plan: Plan) -> int:
 
 
 def with_stages(plan: Plan) -> Plan:
-    """With as many blocks on their way as fit, two at least."""
-    plans = [plan._replace(stages=n) for n in range(MAX_STAGES, 1, -1)]
-    return next(p for p in plans if bytes_of(p) <= LIMIT)
+    """With as many blocks on their way as fit, and two places for prepared keys where that leaves three of them.
+
+    Raises:
+      NotImplementedError: not even two blocks fit.
+    """
+    two_slots = plan.prepares and not plan.scorer_prepares
+    plans = [plan._replace(stages=n, key_slots=2) for n in range(MAX_STAGES, 2, -1) if two_slots]
+    plans += [plan._replace(stages=n) for n in range(MAX_STAGES, 1, -1)]
+    for p in plans:
+        if bytes_of(p) <= LIMIT:
+            return p
+    raise NotImplementedError(
+        f"needs {bytes_of(plans[-1])} bytes of shared memory for two blocks of keys of {plan.H} and values of {plan.h} "
+        f"in {plan.cache_dtype}, and there are {LIMIT}")
 
 
 def load(ref: Any, *, layout: Any, optimized: bool = True) -> Any:

@@ -15,7 +15,7 @@ from mfa_jax.kernels.gpu_memory import load, store
 from mfa_jax.kernels.gpu_plan import TILE, Plan, Work, span
 from mfa_jax.kernels.gpu_roles import FLOOR, LSE_COLUMNS
 
-_AHEAD = 8
+_AHEAD = 16
 """Results that are read at once: a row may have as many as there are shares, and each read takes a microsecond."""
 
 
@@ -31,8 +31,8 @@ def merge(
         merge_block(plan, Work(*refs[:5]), *refs[5:])
 
     program = plgpu.kernel(
-        body, out_type=results, grid=(rows, plan.M // TILE, plan.h // LSE_COLUMNS),
-        grid_names=("segment", "tile", "column"), num_threads=1, thread_name="warpgroup",
+        body, out_type=results, grid=(plan.M // TILE, plan.h // LSE_COLUMNS, rows),
+        grid_names=("tile", "column", "segment"), num_threads=1, thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True), kernel_name="decode_attention_merge", **options)
     out, lse = program(*work, out, lse)
     return out, lse

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
-from mfa_jax.kernels.calls import Call, Device
+from mfa_jax.kernels.calls import SCALED, Call
 
 TILE = 64
 """Query rows of a block of threads: the height of a Hopper matrix instruction."""
 BLOCK = 64
 """Keys fetched at once. A tile of 64 x 256 bfloat16 is 32 KiB, about what an SM must have on its way to keep the memory
-busy (3.35 TB/s x 1 us / 132 SMs = 25 KB), and at least two blocks fit beside the queries."""
+busy: 3.35 TB/s x 1 us / 132 SMs = 25 KB."""
 PART = 256
 """Most value columns of a warpgroup: 64 x 256 sums in float32 are 128 registers a thread."""
-MAX_STAGES = 6
-"""Blocks on their way; more than these 100 to 200 KiB an SM are not waited for."""
-NARROW = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
-"""Cache types that are widened to bfloat16 before they are multiplied."""
-HOPPER = 9.0
-"""Compute capability whose matrix instructions the kernel uses; Blackwell does not have them."""
-INTERPRETER_THREADS = 8
-"""The interpreter runs each warpgroup in a thread of XLA's pool and hangs where there are too few."""
 
 
 class Plan(NamedTuple):
@@ -47,13 +36,15 @@ class Plan(NamedTuple):
     scale: float
     shares: int
     """Blocks of threads that divide the work of a tile of queries."""
-    stages: int
+    stages: int = 2
     """Blocks of keys that are fetched or on their way."""
+    key_slots: int = 1
+    """Blocks of prepared keys; with two the next is prepared while one is scored."""
 
     @property
     def narrow(self) -> bool:
-        """Stored elements are widened, and have a scale a token."""
-        return self.cache_dtype in NARROW
+        """Stored elements are widened to bfloat16 before they are multiplied, and have a scale a token."""
+        return self.cache_dtype in SCALED
 
     @property
     def prepares(self) -> bool:
@@ -81,43 +72,11 @@ class Plan(NamedTuple):
         return 2 + len(self.parts) + (self.prepares and not self.scorer_prepares)
 
 
-def make_plan(call: Call, B: int, K: int, cores: int, scale: float, stages: int) -> Plan:
-    """The numbers of a call on a GPU of so many SMs."""
+def make_plan(call: Call, B: int = 1, K: int = 1, cores: int = 1, scale: float = 1.0) -> Plan:
+    """The numbers of a call on a GPU of so many SMs; `gpu_memory.with_stages` settles those of its memory."""
     M = -(-call.T * call.N // TILE) * TILE
     return Plan(B, K, call.T, M, call.S, call.H, call.h, call.shared, call.rope, call.alibi,
-                jnp.dtype(call.cache_dtype), scale, max(1, cores // (M // TILE)), stages)
-
-
-def obstacle(call: Call, device: Device, interpret: bool = False) -> str | None:
-    """Why the kernel can't serve a call on a device; None if it can."""
-    if interpret:
-        if not hasattr(plgpu, "InterpretGPUParams"):
-            return f"needs an interpreter that came with JAX 0.11, and this is {jax.__version__}"
-        threads = max(os.cpu_count() or 1, jax.device_count())
-        if threads < INTERPRETER_THREADS:
-            return (f"Pallas' interpreter needs {INTERPRETER_THREADS} threads of XLA, and there are {threads}; set "
-                    f"jax_num_cpu_devices to {INTERPRETER_THREADS}")
-    elif device.platform != "gpu":
-        return (f"runs on NVIDIA GPUs, and this is {device.platform}; mosaic_gpu_interpret runs its program anywhere, "
-                "slowly")
-    elif device.compute_capability != HOPPER:
-        return (f"is written for the matrix instructions of Hopper, compute capability {HOPPER}, and "
-                f"{device.kind or 'this'} has {device.compute_capability}")
-    cache = jnp.dtype(call.cache_dtype)
-    if call.dtype != jnp.bfloat16:
-        return f"takes queries of bfloat16, not {jnp.dtype(call.dtype)}: Hopper multiplies float32 in 10 bits only"
-    if cache not in (jnp.bfloat16, *NARROW):
-        return f"reads caches of bfloat16, int8 or float8_e4m3fn, not {cache}"
-    if call.H % TILE or call.h % TILE:
-        return f"takes widths that are multiples of {TILE}, not keys of {call.H} and values of {call.h}"
-    if call.H > 576 or call.h > 2 * PART:
-        return f"has shared memory for keys up to 576 wide and values up to {2 * PART}, not {call.H} and {call.h}"
-    if call.rope and call.H > PART:
-        return f"turns keys up to {PART} wide, not {call.H}"
-    if call.S < BLOCK or call.S % 4:
-        return (f"copies {BLOCK} tokens at a time, scales by whole 16 bytes: S={call.S} must be a multiple of 4 and at "
-                f"least {BLOCK}")
-    return None
+                jnp.dtype(call.cache_dtype), scale, max(1, cores // (M // TILE)))
 
 
 class Work(NamedTuple):

@@ -5,8 +5,9 @@ Each counts items over all segments with the same i, and they meet at the rings 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -60,19 +61,23 @@ def prepare_block(plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], i: A
     """Turns the keys of item i by their positions, and widens keys and values that are narrow."""
     stored, keys = rings["k"], rings["keys"]
     slot = stored.wait(i)
-    if plan.rope:
-        _turn(plan, refs, stored.tiles.at[slot], keys.tiles.at[keys.claim(i)], slot)
-    else:
-        _widen(stored.tiles.at[slot], keys.tiles.at[keys.claim(i)])
-    keys.put(i)
+    tile = stored.tiles.at[slot]
+    _write(keys, i, _turned(plan, refs, tile, slot) if plan.rope else _widened(tile))
     if "values" in rings:
-        source, values = rings["k" if plan.shared else "v"], rings["values"]
-        at = slot if plan.shared else source.wait(i)
-        _widen(source.tiles.at[at], values.tiles.at[values.claim(i)])
-        values.put(i)
+        source = stored if plan.shared else rings["v"]
+        _write(rings["values"], i, _widened(tile if plan.shared else source.tiles.at[source.wait(i)]))
         if not plan.shared:
             source.release(i)
     stored.release(i)
+
+
+def _write(ring: Ring, i: Any, columns: Iterator[tuple[int, Any]]) -> None:
+    """Writes columns as they are computed; the first are, before the place is waited for."""
+    first = next(columns)
+    tile = ring.tiles.at[ring.claim(i)]
+    for at, x in itertools.chain([first], columns):
+        tile[:, pl.ds(at, x.shape[1])] = x
+    ring.put(i)
 
 
 def _wide(tile: Any, at: int, width: int) -> Any:
@@ -87,12 +92,12 @@ def _float32(tile: Any, at: int, width: int) -> Any:
     return _wide(tile, at, width).astype(jnp.float32)
 
 
-def _widen(tile: Any, to: Any) -> None:
-    for at in range(0, to.shape[1], COLUMNS):
-        to[:, pl.ds(at, COLUMNS)] = _wide(tile, at, COLUMNS)
+def _widened(tile: Any) -> Iterator[tuple[int, Any]]:
+    for at in range(0, tile.shape[1], COLUMNS):
+        yield at, _wide(tile, at, COLUMNS)
 
 
-def _turn(plan: Plan, refs: dict[str, Any], tile: Any, to: Any, slot: Any) -> None:
+def _turned(plan: Plan, refs: dict[str, Any], tile: Any, slot: Any) -> Iterator[tuple[int, Any]]:
     """By R(start) R(offset): the first is a row a block, the second a table that stays."""
     half = plan.H // 2
     width = math.gcd(COLUMNS, half)
@@ -101,8 +106,8 @@ def _turn(plan: Plan, refs: dict[str, Any], tile: Any, to: Any, slot: Any) -> No
         cos_0, sin_0 = (_columns(refs[f"origin_{x}_ring"].at[slot, pl.ds(at, width)], cos) for x in ("cos", "sin"))
         cos, sin = cos * cos_0 - sin * sin_0, sin * cos_0 + cos * sin_0
         first, second = _float32(tile, at, width), _float32(tile, half + at, width)
-        to[:, pl.ds(at, width)] = (first * cos - second * sin).astype(jnp.bfloat16)
-        to[:, pl.ds(half + at, width)] = (second * cos + first * sin).astype(jnp.bfloat16)
+        yield at, (first * cos - second * sin).astype(jnp.bfloat16)
+        yield half + at, (second * cos + first * sin).astype(jnp.bfloat16)
 
 
 def score(plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], segment: Segment, i: Any) -> Any:

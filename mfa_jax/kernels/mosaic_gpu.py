@@ -4,7 +4,8 @@ The blocks of all rows form one list of work, made from the lengths before the k
 equal share of it, whatever the lengths: rows that end inside a share, and one that goes on in the next, whose results
 are merged by their log-sum-exp in a second small kernel. Of an SM's warpgroups one fetches blocks, one scores and takes
 the softmax, one or two hold the sums of 256 value columns each, so that the softmax of a block overlaps the products of
-the one before; one more turns keys that are stored before rope, and widens what is stored in 8 bits.
+the one before; one more turns keys that are stored before rope, and widens what is stored in 8 bits (beside two that
+average there are no registers for it, and the one that scores widens).
 
 Keys before rope are turned by `R(start) R(offset)`: angles of a block's start, a row of a table that is fetched with
 the block, and those of the offsets, a table in shared memory, combine by the angle sum formulas. The same tile, as it
@@ -14,6 +15,7 @@ was stored, serves as values.
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -23,24 +25,72 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Num
 
-from mfa_jax.kernels.calls import Call, default_device
+from mfa_jax.kernels.calls import SCALED, Call, Device, default_device
 from mfa_jax.kernels.gpu_memory import key_ring, rings, scratch, value_ring, with_stages
 from mfa_jax.kernels.gpu_merge import merge
-from mfa_jax.kernels.gpu_plan import BLOCK, TILE, Plan, Work, divide, make_plan, segment_of
+from mfa_jax.kernels.gpu_plan import BLOCK, PART, TILE, Plan, Work, divide, make_plan, segment_of
 from mfa_jax.kernels.gpu_roles import LOG2E, LSE_COLUMNS, average, fetch, prepare, score
 from mfa_jax.kernels.rows import from_rows, to_rows
 
 _INTERPRETED_CORES = 4
+_INTERPRETER_THREADS = 8
+"""The interpreter runs each warpgroup in a thread of XLA's pool and hangs where there are too few."""
+_HOPPER = 9.0
+"""Compute capability whose matrix instructions the kernel uses; Blackwell does not have them."""
 _LAUNCHED = {3: 168, 4: 128}
 """Registers a thread that so many warpgroups start with: 65536 over all threads, rounded down to 8."""
 _REGISTERS = {
-    "fetch": {(3, 1): 40, (4, 1): 40, (4, 2): 40},
-    "score": {(3, 1): 168, (4, 1): 144, (4, 2): 136},
-    "average": {(3, 1): 232, (4, 1): 176, (4, 2): 168},
-    "prepare": {(4, 1): 152},
+    "as stored": {"fetch": 40, "score": 168, "average": 232},
+    "turned": {"fetch": 32, "score": 128, "average": 168, "prepare": 184},
+    "widened": {"fetch": 40, "score": 144, "average": 176, "prepare": 152},
+    "two parts": {"fetch": 40, "score": 136, "average": 168},
 }
-"""Registers a thread of each role, by warpgroups and averaging ones among them. Found by compiling for sm_90a with the
-ptxas of CUDA 13: what a role needs without spills (averaging 64 x 256 sums: above 152), and 512 in all."""
+"""Registers a thread of each role, by what is done to keys, or that there are two parts of value columns. Found by
+compiling for sm_90a with the ptxas of CUDA 13: what a role needs without spills, and 512 in all at most."""
+
+
+def registers_of(plan: Plan) -> dict[str, int]:
+    """Registers a thread of each role."""
+    prepared = "turned" if plan.rope else "widened" if plan.narrow else "as stored"
+    return _REGISTERS["two parts" if len(plan.parts) > 1 else prepared]
+
+
+def obstacle(call: Call, device: Device, interpret: bool = False) -> str | None:
+    """Why the kernel can't serve a call on a device; None if it can."""
+    if interpret:
+        threads = max(os.cpu_count() or 1, jax.device_count())
+        if threads < _INTERPRETER_THREADS:
+            return (f"Pallas' interpreter needs {_INTERPRETER_THREADS} threads of XLA, and there are {threads}; set "
+                    f"jax_num_cpu_devices to {_INTERPRETER_THREADS}")
+    elif device.platform != "gpu":
+        return (f"runs on NVIDIA GPUs, and this is {device.platform}; mosaic_gpu_interpret runs its program anywhere, "
+                "slowly")
+    elif device.compute_capability != _HOPPER:
+        return (f"is written for the matrix instructions of Hopper, compute capability {_HOPPER}, and "
+                f"{device.kind or 'this'} has {device.compute_capability}")
+    cache = jnp.dtype(call.cache_dtype)
+    if call.dtype != jnp.bfloat16:
+        return f"takes queries of bfloat16, not {jnp.dtype(call.dtype)}: Hopper multiplies float32 in 10 bits only"
+    if cache not in (jnp.bfloat16, *SCALED):
+        return f"reads caches of bfloat16, int8 or float8_e4m3fn, not {cache}"
+    if call.H % TILE or call.h % TILE:
+        return f"takes widths that are multiples of {TILE}, not keys of {call.H} and values of {call.h}"
+    if call.h > 2 * PART:
+        return f"averages values up to {2 * PART} wide, not {call.h}"
+    if call.S < BLOCK or call.S % 4:
+        return (f"copies {BLOCK} tokens at a time, scales by whole 16 bytes: S={call.S} must be a multiple of 4 and at "
+                f"least {BLOCK}")
+    if call.rope and call.H > PART:
+        return f"turns keys up to {PART} wide, not {call.H}"
+    if jax.__version_info__ < (0, 11):
+        return f"is compiled and interpreted as of JAX 0.11, and this is {jax.__version__}"
+    if not interpret and device.cores == 0:
+        return f"divides the work over SMs, and {device.kind} does not say how many it has"
+    try:
+        with_stages(make_plan(call))
+    except NotImplementedError as error:
+        return str(error)
+    return None
 
 
 def decode_attention(
@@ -63,7 +113,7 @@ def decode_attention(
     h = v.shape[-1] if v is not None else value_width or H
     cores = cores or (_INTERPRETED_CORES if interpret else default_device().cores)
     call = Call(T, N // K, S, H, h, q.dtype, k.dtype, v is None, inv_freq is not None, alibi_slopes is not None)
-    plan = with_stages(make_plan(call, B, K, cores, scale, stages=2))
+    plan = with_stages(make_plan(call, B, K, cores, scale))
     inputs = {"q": to_rows(q, K, plan.M), "k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
     if alibi_slopes is not None:
         slopes = jnp.broadcast_to((alibi_slopes * LOG2E)[:, None], (1, T, N, 1))
@@ -115,7 +165,7 @@ def _roles(plan: Plan, work: Work, refs: dict[str, Any], interpret: bool) -> Non
     def run(at: int, name: str, job: Any, begin: Any = None, **options: Any) -> None:
         @pl.when(warpgroup == at)
         def _() -> None:
-            launched, registers = _LAUNCHED[plan.roles], _REGISTERS[name][plan.roles, len(plan.parts)]
+            launched, registers = _LAUNCHED[plan.roles], registers_of(plan)[name]
             if registers != launched and not interpret:
                 plgpu.set_max_registers(registers, action="increase" if registers > launched else "decrease")
             if begin is not None:

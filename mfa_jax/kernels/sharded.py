@@ -1,7 +1,7 @@
 """Decode attention over a mesh: what of the cache lies where, and what is exchanged for it.
 
-Queries come with their rows over `data` and `fsdp` and their heads over `tensor`, as the projections leave them. The
-`context` axis splits the sequence. What `tensor` splits of a cache is the layout:
+Queries come with their rows over `data`, `fsdp` and `expert` and their heads over `tensor`, as the projections leave
+them. The `context` axis splits the sequence. What `tensor` splits of a cache is the layout:
 
 | layout | cache of a device, t devices of `tensor` | exchanged in a step |
 | --- | --- | --- |
@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int
 from mfa_jax.kernels.decode import averages
 
 LAYOUTS = ("heads", "batch", "sequence")
-ROW_AXES, TENSOR, CONTEXT = ("data", "fsdp"), "tensor", "context"
+ROW_AXES, TENSOR, CONTEXT = ("data", "fsdp", "expert"), "tensor", "context"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +72,11 @@ def choose(sizes: Mapping[str, int], *, B: int, N: int, K: int, S: int, layout: 
     """
     if layout not in ("auto", *LAYOUTS):
         raise ValueError(f"layout={layout!r}: must be one of auto, {', '.join(LAYOUTS)}")
-    rows = tuple(axis for axis in ROW_AXES if axis in sizes)
-    if B % math.prod(sizes[axis] for axis in rows):
-        rows = ()
-    local_rows = B // math.prod(sizes[axis] for axis in rows)
+    rows: tuple[str, ...] = ()
+    local_rows = B
+    for axis in ROW_AXES:
+        if local_rows % sizes.get(axis, 1) == 0 and axis in sizes:
+            rows, local_rows = (*rows, axis), local_rows // sizes[axis]
     t, c = sizes.get(TENSOR, 1), sizes.get(CONTEXT, 1)
     tensor = (TENSOR,) if t > 1 else ()
     context = (CONTEXT,) if c > 1 and S % c == 0 else ()

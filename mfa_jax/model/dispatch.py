@@ -193,6 +193,9 @@ def experts_over_mesh(
 
     Rows are split over those of `data`, `fsdp` and `expert` that divide them, in this order, and the sequence over
     `context` where that divides it; the devices of the others hold the same tokens and compute the same.
+
+    Raises:
+      ValueError: experts that do not divide over `expert`, or their width over `tensor`.
     """
     def local(x: Array, chosen: Array, weights: Array, experts: Any, exchange: str | None) -> tuple[Array, Array]:
         flat_x, flat_chosen, flat_weights = (v.reshape(-1, v.shape[-1]) for v in (x, chosen, weights))
@@ -202,6 +205,9 @@ def experts_over_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return local(x, chosen, weights, experts, None)
+    for name, size, axis in (("experts", experts[0].shape[0], AXIS), ("ffn", experts[0].shape[2], "tensor")):
+        if size % mesh.shape[axis]:
+            raise ValueError(f"axis {name!r} of size {size} does not divide over mesh {axis}={mesh.shape[axis]}")
     rows: tuple[str, ...] = ()
     left = x.shape[0]
     for axis in RULES.batch or ():

@@ -44,7 +44,7 @@ _CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8), (4, 
 CHIPS = {chip.name: chip for chip in (
     Chip("v5e", 16 * 2**30, 819e9, 197e12, 400e9, 2, _PLANES),
     Chip("v5p", 95 * 2**30, 2765e9, 459e12, 1200e9, 3, _CUBES),
-    Chip("v6e", 32 * 2**30, 1638e9, 918e12, 800e9, 2, _PLANES),
+    Chip("v6e", 32 * 2**30, 1640e9, 918e12, 800e9, 2, _PLANES),
 )}
 """By name. Slices of one chip are left out: libtpu compiles for whole hosts."""
 

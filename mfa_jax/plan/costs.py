@@ -235,7 +235,10 @@ def _fusion_written(inner: Computation, fusion: Instruction) -> int:
 
 def _collective(kind: str, home: Computation, instruction: Instruction) -> Collective:
     # The result of an asynchronous pair holds the source too; a reduction's source is as large as what is reduced.
-    source = sum(s.nbytes for shapes in home.operand_shapes(instruction) for s in shapes)
+    operands = home.operand_shapes(instruction)
+    if kind.startswith("ragged-"):
+        operands = operands[:1]  # the others are the buffer that it fills, offsets and sizes
+    source = sum(s.nbytes for shapes in operands for s in shapes)
     group = first_group(instruction.attributes)
     size = source * max(len(group), 1) if kind == "all-gather" else source
     name = re.search(r'op_name="([^"]*)"', instruction.attributes)

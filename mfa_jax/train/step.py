@@ -174,7 +174,7 @@ def require_divisible_batch(config: TrainConfig, mesh: Mesh) -> None:
     """Refuses a batch whose rows or tokens do not divide over the mesh.
 
     Raises:
-      ValueError: with the rows, or the tokens, and the shards.
+      ValueError: with the rows, the tokens or the processes, and the shards.
     """
     split = {axis: mesh.shape[axis] for axis in axes.RULES.batch or ()}
     shards = math.prod(split.values())
@@ -182,6 +182,8 @@ def require_divisible_batch(config: TrainConfig, mesh: Mesh) -> None:
     require(part % shards == 0, "data.batch_size", config.data.batch_size,
             f"each of accumulate={config.accumulate} parts has {part} rows; must be a multiple of the "
             f"{shards} shards of mesh {', '.join(f'{axis}={size}' for axis, size in split.items())}")
+    require(shards % jax.process_count() == 0, "mesh", dict(mesh.shape),
+            f"data x fsdp x expert must be a multiple of the {jax.process_count()} processes: each reads its own rows")
     chunks, T = 2 * mesh.shape["context"], config.data.sequence_length
     require(chunks == 2 or T % chunks == 0, "data.sequence_length", T,
             f"must be a multiple of {chunks}, two chunks for each shard of mesh context={mesh.shape['context']}")
