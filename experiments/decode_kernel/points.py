@@ -137,7 +137,7 @@ def measure_point(
     """The record of a point: of each side its status (`ok`, `failed` or `left out`), why, its error, and its times.
 
     Raises:
-      JaxRuntimeError: the arrays themselves do not fit, or the device has broken down.
+      JaxRuntimeError: the arrays themselves do not fit, or can't be made. What a side raises is in its record.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, side in sides.items():

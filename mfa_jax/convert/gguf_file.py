@@ -179,6 +179,8 @@ def _rope_scaling(reader: Any, name: str) -> dict[str, Any] | None:
 
 def _frequencies(values: Mapping[str, Any], factors: np.ndarray) -> tuple[tuple[float, ...], ...]:
     """`base ** (-2 j / H) / factor_j`, the same for all layers: how files keep Llama 3.1's scaling."""
+    for name in ("rope_theta", "num_hidden_layers"):
+        require(name in values, name, None, "is missing from the file, which has factors of its rope frequencies")
     pairs = np.arange(len(factors), dtype=np.float64)
     row = values["rope_theta"] ** (-pairs / len(factors)) / factors
     return (tuple(row.astype(np.float32).tolist()),) * values["num_hidden_layers"]
