@@ -42,6 +42,7 @@ BATCH = 64
 EVERY = CASES | BORDERS | GPU_BORDERS
 REFUSED = ("odd 3x80", "MFA 64x256 float32")
 """Cases that the kernel says it can't serve."""
+_RUNTIME = "jax_cuda13_plugin/libmosaic_gpu_runtime.so"
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -102,14 +103,16 @@ def prepare() -> None:
     """Makes this process one that compiles for GPUs and runs on the CPU; to be called before JAX has a backend.
 
     Raises:
-      NotImplementedError: JAX 0.10, whose Mosaic GPU links its programs on a machine with a GPU only.
+      NotImplementedError: JAX 0.10, for which the kernel does not serve.
     """
     if jax.__version_info__ < (0, 11):
         raise NotImplementedError(
-            f"jax=={jax.__version__} compiles Mosaic GPU kernels only where there is a GPU; without one it takes 0.11, "
-            "so Python 3.12 or newer: make PYTHON=python3.13 VENV=.venv-newer aot-gpu")
+            f"jax=={jax.__version__}: the kernel serves from 0.11 on, whose interpreter can check it, so with Python 3.12 "
+            "or newer: make PYTHON=python3.13 VENV=.venv-newer aot-gpu")
     if plugin_folder().exists():
         sys.path.append(str(plugin_folder()))
+        # What compiled programs are linked with; JAX looks for it when it is imported, which was earlier.
+        os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(plugin_folder() / _RUNTIME)
     os.environ.update(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1", TF_CPP_MIN_LOG_LEVEL="3")
     jax.config.update("jax_platforms", "cpu")
 

@@ -248,7 +248,7 @@ def test_a_call_that_it_cannot_serve_is_named(changes: dict[str, Any], device: D
 
 
 def test_auto_takes_it_on_hopper() -> None:
-    """With JAX 0.10 it would run a program that no compiler has seen."""
+    """With JAX 0.10 it would be a program that no interpreter has checked."""
     call = CASES["MFA 64x256"].call(8192)
     assert resolve("auto", call, H100) == ("mosaic_gpu" if SERVES else "xla")
     unknown = dataclasses.replace(H100, cores=0)

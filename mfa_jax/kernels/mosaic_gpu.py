@@ -83,7 +83,7 @@ def obstacle(call: Call, device: Device, interpret: bool = False) -> str | None:
     if call.rope and call.H > PART:
         return f"turns keys up to {PART} wide, not {call.H}"
     if jax.__version_info__ < (0, 11):
-        return f"is compiled and interpreted as of JAX 0.11, and this is {jax.__version__}"
+        return f"is checked in an interpreter that came with JAX 0.11, and this is {jax.__version__}"
     if not interpret and device.cores == 0:
         return f"divides the work over SMs, and {device.kind} does not say how many it has"
     try:
