@@ -107,8 +107,8 @@ def prepare() -> None:
     """
     if jax.__version_info__ < (0, 11):
         raise NotImplementedError(
-            f"jax=={jax.__version__}: the kernel serves from 0.11 on, whose interpreter checks it, so from Python 3.12 on: "
-            "make PYTHON=python3.13 VENV=.venv-newer aot-gpu")
+            f"jax=={jax.__version__}: the kernel serves from 0.11 on, whose interpreter checks it; take Python 3.12 or "
+            "newer: make PYTHON=python3.13 VENV=.venv-newer aot-gpu")
     if plugin_folder().exists():
         sys.path.append(str(plugin_folder()))
         # What compiled programs are linked with; JAX looks for it when it is imported, which was earlier.
