@@ -63,13 +63,20 @@ class Plan(NamedTuple):
 
     @property
     def scorer_prepares(self) -> bool:
-        """There are no registers for a fifth warpgroup."""
+        """There are no registers for more warpgroups."""
         return self.prepares and len(self.parts) > 1
 
     @property
+    def prepared_rows(self) -> tuple[tuple[int, int], ...]:
+        """First row and number of the rows of a block that each preparing warpgroup turns or widens."""
+        if not self.prepares:
+            return ()
+        return ((0, BLOCK),) if self.scorer_prepares else ((0, BLOCK // 2), (BLOCK // 2, BLOCK // 2))
+
+    @property
     def roles(self) -> int:
-        """Warpgroups: one scores, some average, one may prepare, one fetches."""
-        return 2 + len(self.parts) + (self.prepares and not self.scorer_prepares)
+        """Warpgroups: one scores, some average, two may prepare, one fetches."""
+        return 2 + len(self.parts) + (0 if self.scorer_prepares else len(self.prepared_rows))
 
 
 def make_plan(call: Call, B: int = 1, K: int = 1, cores: int = 1, scale: float = 1.0) -> Plan:

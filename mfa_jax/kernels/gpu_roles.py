@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mfa_jax.kernels.gpu_memory import COLUMNS, Ring, key_ring, load, store, value_ring
+from mfa_jax.kernels.gpu_memory import COLUMNS, Ring, key_ring, load, store, swizzle, value_ring
 from mfa_jax.kernels.gpu_plan import BLOCK, PART, TILE, Plan, Segment, start_of
 
 LOG2E = math.log2(math.e)
@@ -48,41 +48,50 @@ def fetch(plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], segment: Seg
     return lax.fori_loop(0, segment.count, step, i)
 
 
-def prepare(plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], segment: Segment, i: Any) -> Any:
-    """Turns and widens a segment's blocks."""
+def prepare(
+    plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], segment: Segment, i: Any, *, rows: tuple[int, int]
+) -> Any:
+    """Turns and widens some rows of a segment's blocks."""
     def step(_: Any, i: Any) -> Any:
-        prepare_block(plan, refs, rings, i)
+        prepare_block(plan, refs, rings, i, rows)
         return i + 1
 
     return lax.fori_loop(0, segment.count, step, i)
 
 
-def prepare_block(plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], i: Any) -> None:
-    """Turns the keys of item i by their positions, and widens keys and values that are narrow."""
-    stored, keys = rings["k"], rings["keys"]
+def prepare_block(
+    plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], i: Any, rows: tuple[int, int]
+) -> None:
+    """Turns some keys of item i by their positions, and widens keys and values that are narrow."""
+    stored, keys, some = rings["k"], rings["keys"], pl.ds(*rows)
     slot = stored.wait(i)
-    tile = stored.tiles.at[slot]
-    _write(keys, i, _turned(plan, refs, tile, slot) if plan.rope else _widened(tile))
+    tile = stored.tiles.at[slot, some]
+    _write(keys, i, some, _turned(plan, refs, tile, slot, some) if plan.rope else _widened(tile))
     if "values" in rings:
         source = stored if plan.shared else rings["v"]
-        _write(rings["values"], i, _widened(tile if plan.shared else source.tiles.at[source.wait(i)]))
+        _write(rings["values"], i, some, _widened(tile if plan.shared else source.tiles.at[source.wait(i), some]))
         if not plan.shared:
             source.release(i)
     stored.release(i)
 
 
-def _write(ring: Ring, i: Any, columns: Iterator[tuple[int, Any]]) -> None:
+def _write(ring: Ring, i: Any, rows: Any, columns: Iterator[tuple[int, Any]]) -> None:
     """Writes columns as they are computed; the first are, before the place is waited for."""
     first = next(columns)
     tile = ring.tiles.at[ring.claim(i)]
     for at, x in itertools.chain([first], columns):
-        tile[:, pl.ds(at, x.shape[1])] = x
+        tile[rows, pl.ds(at, x.shape[1])] = x
     ring.put(i)
+
+
+def _by_rows(rows: int, width: int) -> Any:
+    """Each thread has 8 columns of a row: 16 bytes of bfloat16, and 8 of what is stored in 8 bits, in one access."""
+    return plgpu.Layout.SMEM_GMEM_COPY((rows, width), jnp.bfloat16, swizzle(width, jnp.bfloat16))
 
 
 def _wide(tile: Any, at: int, width: int) -> Any:
     """Columns of a tile; 8 bits become bfloat16, exactly: all of int8 and float8_e4m3fn are among its numbers."""
-    x = load(tile.at[:, pl.ds(at, width)], layout=_LAYOUT)
+    x = load(tile.at[:, pl.ds(at, width)], layout=_by_rows(tile.shape[0], width))
     if x.dtype == jnp.float8_e4m3fn:
         x = x.astype(jnp.float16).astype(jnp.float32)  # the only way that Hopper has
     return x.astype(jnp.bfloat16) if x.dtype != jnp.float16 else x
@@ -93,17 +102,19 @@ def _float32(tile: Any, at: int, width: int) -> Any:
 
 
 def _widened(tile: Any) -> Iterator[tuple[int, Any]]:
-    for at in range(0, tile.shape[1], COLUMNS):
-        yield at, _wide(tile, at, COLUMNS)
+    width = tile.shape[1]
+    step = max(w for w in range(COLUMNS, PART + 1, COLUMNS) if width % w == 0)
+    for at in range(0, width, step):
+        yield at, _wide(tile, at, step)
 
 
-def _turned(plan: Plan, refs: dict[str, Any], tile: Any, slot: Any) -> Iterator[tuple[int, Any]]:
+def _turned(plan: Plan, refs: dict[str, Any], tile: Any, slot: Any, rows: Any) -> Iterator[tuple[int, Any]]:
     """By R(start) R(offset): the first is a row a block, the second a table that stays."""
     half = plan.H // 2
     width = math.gcd(COLUMNS, half)
     for at in range(0, half, width):
-        cos, sin = (_float32(refs[f"offset_{x}_tile"], at, width) for x in ("cos", "sin"))
-        cos_0, sin_0 = (_columns(refs[f"origin_{x}_ring"].at[slot, pl.ds(at, width)], cos) for x in ("cos", "sin"))
+        cos, sin = (_float32(refs[f"offset_{x}_tile"].at[rows], at, width) for x in ("cos", "sin"))
+        cos_0, sin_0 = (_origins(refs[f"origin_{x}_ring"].at[slot, pl.ds(at, width)], cos) for x in ("cos", "sin"))
         cos, sin = cos * cos_0 - sin * sin_0, sin * cos_0 + cos * sin_0
         first, second = _float32(tile, at, width), _float32(tile, half + at, width)
         yield at, (first * cos - second * sin).astype(jnp.bfloat16)
@@ -156,7 +167,7 @@ def _scores(
     """Scores of a block, in powers of two; what of it is seen; and the scales of its values."""
     keys, values = key_ring(plan, rings), value_ring(plan, rings)
     if plan.scorer_prepares:
-        prepare_block(plan, refs, rings, i)
+        prepare_block(plan, refs, rings, i, *plan.prepared_rows)
     slot = keys.wait(i)
     s = _products(plan, refs["q_tile"], keys.tiles.at[slot]) * (plan.scale * LOG2E)
     block = segment.block + j
@@ -254,6 +265,11 @@ def _draft(plan: Plan, tile: Any) -> Any:
 def _rows(x: Any, like: Any) -> Any:
     """A number a row, over the columns of `like`."""
     return lax.broadcast_in_dim(x, like.shape, [0])
+
+
+def _origins(ref: Any, like: Any) -> Any:
+    """A number a column, over the rows of `like`; eight for a thread, so it can't be one access."""
+    return lax.broadcast_in_dim(load(ref, layout=_by_rows(*like.shape).reduce(0), optimized=False), like.shape, [1])
 
 
 def _columns(ref: Any, like: Any) -> Any:

@@ -37,12 +37,12 @@ _INTERPRETER_THREADS = 8
 """The interpreter runs each warpgroup in a thread of XLA's pool and hangs where there are too few."""
 _HOPPER = 9.0
 """Compute capability whose matrix instructions the kernel uses; Blackwell does not have them."""
-_LAUNCHED = {3: 168, 4: 128}
+_LAUNCHED = {3: 168, 4: 128, 5: 96}
 """Registers a thread that so many warpgroups start with: 65536 over all threads, rounded down to 8."""
 _REGISTERS = {
     "as stored": {"fetch": 40, "score": 168, "average": 232},
-    "turned": {"fetch": 32, "score": 128, "average": 168, "prepare": 184},
-    "widened": {"fetch": 40, "score": 144, "average": 176, "prepare": 152},
+    "turned": {"fetch": 24, "score": 128, "average": 168, "prepare": 96},
+    "widened": {"fetch": 24, "score": 144, "average": 176, "prepare": 80},
     "two parts": {"fetch": 40, "score": 136, "average": 168},
 }
 """Registers a thread of each role, by what is done to keys, or that there are two parts of value columns. Found by
@@ -178,8 +178,8 @@ def _roles(plan: Plan, work: Work, refs: dict[str, Any], interpret: bool) -> Non
     for at, part in enumerate(plan.parts, 1):
         accumulate = _accumulate_interpreted if interpret else _accumulate
         run(at, "average", average, _begin_averaging, part=part, accumulate=accumulate)
-    if plan.prepares and not plan.scorer_prepares:
-        run(plan.roles - 2, "prepare", prepare, _begin_preparing)
+    for at, rows in enumerate(() if plan.scorer_prepares else plan.prepared_rows, 1 + len(plan.parts)):
+        run(at, "prepare", prepare, functools.partial(_begin_preparing, tables=not rows[0]), rows=rows)
     run(plan.roles - 1, "fetch", fetch)
 
 
@@ -196,12 +196,13 @@ def _begin_averaging(plan: Plan, refs: dict[str, Any], tiles: Any) -> None:
     tiles["weights"].release_all()
 
 
-def _begin_preparing(plan: Plan, refs: dict[str, Any], tiles: Any) -> None:
+def _begin_preparing(plan: Plan, refs: dict[str, Any], tiles: Any, tables: bool = True) -> None:
+    """`tables`: fetches those of the offsets, which one warpgroup does for all."""
     tiles["k"].release_all()
     if plan.narrow and not plan.shared:
         tiles["v"].release_all()
     if plan.rope:
-        for name in ("cos", "sin"):
+        for name in ("cos", "sin") if tables else ():
             plgpu.copy_gmem_to_smem(refs[f"offset_{name}"], refs[f"offset_{name}_tile"], refs["offset_full"])
         plgpu.barrier_wait(refs["offset_full"])
 
