@@ -189,24 +189,27 @@ def plan_for(case: Case, cores: int = 132) -> gpu_plan.Plan:
 
 
 @pytest.mark.parametrize(("name", "stages", "key_slots", "shares", "roles"), [
-    ("MFA 64x256", 2, 1, 132, 3), ("MFA-KR 64x256", 3, 1, 132, 4), ("MLA 128x(512+64)", 2, 1, 66, 4),
-    ("MFA 64x256 int8", 3, 1, 132, 4), ("MFA-KR 64x256 int8", 3, 2, 132, 4), ("MLA 128x(512+64) int8", 2, 1, 66, 4),
-    ("GQA 64/4x128", 6, 1, 132, 3), ("GQA 64/4x128 int8", 6, 2, 132, 4)])
+    ("MFA 64x256", 2, 1, 132, 3), ("MFA-KR 64x256", 3, 2, 132, 5), ("MLA 128x(512+64)", 2, 1, 66, 4),
+    ("MFA 64x256 int8", 3, 1, 132, 5), ("MFA-KR 64x256 int8", 3, 2, 132, 5), ("MLA 128x(512+64) int8", 2, 1, 66, 4),
+    ("GQA 64/4x128", 6, 1, 132, 3), ("GQA 64/4x128 int8", 6, 2, 132, 5)])
 def test_plans_fit_an_sm(name: str, stages: int, key_slots: int, shares: int, roles: int) -> None:
     plan = plan_for(CASES[name])
     assert (plan.stages, plan.key_slots, plan.shares, plan.roles) == (stages, key_slots, shares, roles)
     assert gpu_memory.bytes_of(plan) <= gpu_memory.LIMIT
     registers = mosaic_gpu.registers_of(plan)
-    assert sum(registers.values()) + (len(plan.parts) - 1) * registers["average"] <= 65536 // 128
-    assert len(registers) + len(plan.parts) - 1 == plan.roles
+    counts = {"average": len(plan.parts), "prepare": 0 if plan.scorer_prepares else len(plan.prepared_rows)}
+    counts = {name: counts.get(name, 1) for name in registers}
+    assert sum(counts[name] * n for name, n in registers.items()) <= 65536 // 128
+    assert sum(counts.values()) == plan.roles
 
 
 def test_the_list_of_work_is_cut_into_equal_shares() -> None:
     """Of two key heads with rows of 1, 3 and 1 blocks: 10 items over 4 shares of 3."""
     plan = plan_for(Case(2, 64, K=2))._replace(B=3, shares=4)
     work = gpu_plan.divide(jnp.array([0, 129, 5]), plan)
-    assert work.size.tolist() == [5, 3] and work.first.tolist() == [0, 1, 4]
-    assert list(zip(work.begin.tolist(), work.end.tolist(), strict=True)) == [(0, 2), (1, 4), (4, 5), (5, 6)]
+    assert work.stop.tolist() == [1, 4, 5]
+    shares = [gpu_plan.segments_of(plan, work, jnp.int32(c)) for c in range(4)]
+    assert [(int(first), int(stop)) for first, stop in shares] == [(0, 2), (1, 4), (4, 5), (5, 6)]
     segments = [gpu_plan.segment_of(plan, work, jnp.int32(c), 0, jnp.int32(s)) for c, s in [(0, 1), (1, 1), (1, 3)]]
     assert [(int(x.row), int(x.head), int(x.block), int(x.count), int(x.out)) for x in segments] == [
         (1, 0, 0, 2, 2), (1, 0, 2, 1, 6), (0, 1, 0, 1, 1)]

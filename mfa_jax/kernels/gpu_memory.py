@@ -134,9 +134,9 @@ def scratch(plan: Plan) -> dict[str, Any]:
         out |= {"values_ring": _tile(BLOCK, plan.h, wide, values, 1), "values_full": barrier(num_arrivals=preparers),
                 "values_free": barrier(num_arrivals=readers)}
     if plan.rope:
-        table = _tile(BLOCK, half, jnp.float16, swizzle(half, jnp.float16))
+        table = _tile(BLOCK // preparers, half, jnp.float16, swizzle(half, jnp.float16))
         out |= {f"offset_{x}_tile": table for x in ("cos", "sin")} | {"offset_full": barrier(num_arrivals=2)}
-        out |= {f"origin_{x}_ring": plgpu.SMEM((n, half), jnp.float32) for x in ("cos", "sin")}
+        out |= {f"origin_{x}_ring": plgpu.SMEM((n, preparers, half), jnp.float32) for x in ("cos", "sin")}
     if plan.alibi:
         out |= {"slopes_tile": plgpu.SMEM((TILE,), jnp.float32), "slopes_full": barrier()}
     return out

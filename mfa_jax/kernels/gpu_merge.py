@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from mfa_jax.kernels.gpu_memory import load, store
-from mfa_jax.kernels.gpu_plan import TILE, Plan, Work, span
+from mfa_jax.kernels.gpu_plan import TILE, Plan, Work, continued, span
 from mfa_jax.kernels.gpu_roles import FLOOR, LSE_COLUMNS
 
 _AHEAD = 16
@@ -28,7 +28,7 @@ def merge(
     options = {"interpret": interpret} if interpret else {}
 
     def body(*refs: Any) -> None:
-        merge_block(plan, Work(*refs[:5]), *refs[5:])
+        merge_block(plan, Work(*refs[:len(Work._fields)]), *refs[len(Work._fields):])
 
     program = plgpu.kernel(
         body, out_type=results, grid=(plan.M // TILE, plan.h // LSE_COLUMNS, rows),
@@ -42,11 +42,10 @@ def merge_block(plan: Plan, work: Work, out: Any, lse: Any, merged: Any, merged_
     """A tile of queries and as many value columns as the log-sum-exp is stored in."""
     s, tile, column = (lax.axis_index(name) for name in ("segment", "tile", "column"))
     row, head, start, stop = span(plan, work, s)
-    share = work.size[1]
     rows, columns = pl.ds(tile * TILE, TILE), pl.ds(column * LSE_COLUMNS, LSE_COLUMNS)
     own = row * plan.K + head
-    # Shares first .. last - 1 go on with the row, share c at place `B K + c - 1`.
-    first, last = start // share + 1, (stop + (share - 1)) // share
+    # Share c is at place `B K + c - 1`.
+    first, last = continued(plan, work, start, stop)
 
     def read(place: Any) -> tuple[Any, Any]:
         tiles = lse.at[place, rows], out.at[place, rows, columns]

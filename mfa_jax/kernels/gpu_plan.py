@@ -90,33 +90,45 @@ class Work(NamedTuple):
     """How the blocks of all rows, one list, are cut: by key heads, then rows, then blocks."""
 
     length: Int[Array, " B"]
-    first: Int[Array, " B"]
-    """Item of the list of one key head that a row begins with."""
-    size: Int[Array, "2"]
-    """Items of a key head, and of a share."""
-    begin: Int[Array, " G"]
-    """Segment (a row of a key head, `head B + row`) that a share begins in."""
-    end: Int[Array, " G"]
-    """Segment past the last of a share."""
+    stop: Int[Array, " B"]
+    """Item of the list of one key head past the last of a row."""
+    first_row: Int[Array, " G"]
+    """Row in which a share begins."""
+    last_row: Int[Array, " G"]
+    """Row in which a share ends, where it has any items."""
 
 
 def divide(lengths: Int[Array, " B"], plan: Plan) -> Work:
-    """The list of work for such lengths. A row of no key has one block all the same, which writes its zeros."""
+    """The list of work for such lengths. A row of no key has one block all the same, which writes its zeros.
+
+    Two reductions and nothing else: on a GPU each is a kernel, which takes as long as reading 5 MB. What can be
+    computed of a number or two is left to those who need it.
+    """
     lengths = lengths.astype(jnp.int32)
-    ends = jnp.cumsum(blocks_of(lengths, plan.S)).astype(jnp.int32)
-    total = ends[-1]
-    share = -(-total * plan.K // plan.shares)
+    row = jnp.arange(plan.B)
+    stops = jnp.where(row <= row[:, None], blocks_of(lengths, plan.S), 0).sum(axis=1).astype(jnp.int32)
+    total = stops[-1]
+    begin, end = _items(plan, total, jnp.arange(plan.shares, dtype=jnp.int32))
 
-    def segment(item: Array) -> Array:
-        head, local = item // total, item % total
-        return (head * plan.B + (local[:, None] >= ends).sum(axis=1)).astype(jnp.int32)
+    def row_of(item: Array) -> Array:
+        return (lax.rem(item, total)[:, None] >= stops).sum(axis=1).astype(jnp.int32)
 
-    begins = jnp.arange(plan.shares, dtype=jnp.int32) * share
-    last = jnp.minimum(begins + share, total * plan.K) - 1
-    begin = segment(begins)
-    end = jnp.where(last >= begins, segment(last) + 1, begin)
-    first = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-    return Work(lengths, first, jnp.stack([total, share]), begin, end)
+    return Work(lengths, stops, row_of(begin), row_of(end - 1))
+
+
+def _items(plan: Plan, total: Any, share: Any) -> tuple[Any, Any]:
+    """First item of a share and the one past its last, in the list of all key heads."""
+    items = total * plan.K
+    size = (items + (plan.shares - 1)) // plan.shares
+    return share * size, jnp.minimum((share + 1) * size, items)
+
+
+def segments_of(plan: Plan, work: Work, share: Any) -> tuple[Any, Any]:
+    """First segment of a share (a row of a key head, `head B + row`) and the one past its last."""
+    total = work.stop[plan.B - 1]
+    begin, end = _items(plan, total, share)
+    first = lax.div(begin, total) * plan.B + work.first_row[share]
+    return first, jnp.where(begin < end, lax.div(end - 1, total) * plan.B + work.last_row[share] + 1, first)
 
 
 class Segment(NamedTuple):
@@ -136,9 +148,9 @@ class Segment(NamedTuple):
 
 def segment_of(plan: Plan, work: Work, share: Any, tile: Any, s: Any) -> Segment:
     """Segment s as a share sees it."""
-    size = work.size[1]
     row, head, start, stop = span(plan, work, s)
-    begin, end = lax.max(start, share * size), lax.min(stop, (share + 1) * size)
+    first, last = _items(plan, work.stop[plan.B - 1], share)
+    begin, end = lax.max(start, first), lax.min(stop, last)
     out = lax.select(begin > start, plan.B * plan.K + share - 1, row * plan.K + head)
     return Segment(tile, row, head, work.length[row], begin - start, end - begin, out)
 
@@ -147,8 +159,14 @@ def span(plan: Plan, work: Work, s: Any) -> tuple[Any, Any, Any, Any]:
     """Row and head of segment s, and its first item in the list and the one past its last."""
     head = lax.div(s, jnp.int32(plan.B))
     row = s - head * plan.B
-    start = head * work.size[0] + work.first[row]
-    return row, head, start, start + blocks_of(work.length[row], plan.S)
+    stop = head * work.stop[plan.B - 1] + work.stop[row]
+    return row, head, stop - blocks_of(work.length[row], plan.S), stop
+
+
+def continued(plan: Plan, work: Work, start: Any, stop: Any) -> tuple[Any, Any]:
+    """The shares that go on with a row of such items, which another began: the first, and the one past the last."""
+    size = (work.stop[plan.B - 1] * plan.K + (plan.shares - 1)) // plan.shares
+    return start // size + 1, (stop + (size - 1)) // size
 
 
 def blocks_of(length: Any, S: int) -> Any:

@@ -66,7 +66,8 @@ def prepare_block(
     stored, keys, some = rings["k"], rings["keys"], pl.ds(*rows)
     slot = stored.wait(i)
     tile = stored.tiles.at[slot, some]
-    _write(keys, i, some, _turned(plan, refs, tile, slot, some) if plan.rope else _widened(tile))
+    origin = (slot, plan.prepared_rows.index(rows))
+    _write(keys, i, some, _turned(plan, refs, tile, origin) if plan.rope else _widened(tile))
     if "values" in rings:
         source = stored if plan.shared else rings["v"]
         _write(rings["values"], i, some, _widened(tile if plan.shared else source.tiles.at[source.wait(i), some]))
@@ -108,13 +109,13 @@ def _widened(tile: Any) -> Iterator[tuple[int, Any]]:
         yield at, _wide(tile, at, step)
 
 
-def _turned(plan: Plan, refs: dict[str, Any], tile: Any, slot: Any, rows: Any) -> Iterator[tuple[int, Any]]:
-    """By R(start) R(offset): the first is a row a block, the second a table that stays."""
+def _turned(plan: Plan, refs: dict[str, Any], tile: Any, origin: tuple[Any, int]) -> Iterator[tuple[int, Any]]:
+    """By R(start) R(offset): the first is a row for these rows of a block, the second a table that stays."""
     half = plan.H // 2
     width = math.gcd(COLUMNS, half)
     for at in range(0, half, width):
-        cos, sin = (_float32(refs[f"offset_{x}_tile"].at[rows], at, width) for x in ("cos", "sin"))
-        cos_0, sin_0 = (_origins(refs[f"origin_{x}_ring"].at[slot, pl.ds(at, width)], cos) for x in ("cos", "sin"))
+        cos, sin = (_float32(refs[f"offset_{x}_tile"], at, width) for x in ("cos", "sin"))
+        cos_0, sin_0 = (_origins(refs[f"origin_{x}_ring"].at[*origin, pl.ds(at, width)], cos) for x in ("cos", "sin"))
         cos, sin = cos * cos_0 - sin * sin_0, sin * cos_0 + cos * sin_0
         first, second = _float32(tile, at, width), _float32(tile, half + at, width)
         yield at, (first * cos - second * sin).astype(jnp.bfloat16)

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, Num
 from mfa_jax.kernels.calls import SCALED, Call, Device, default_device
 from mfa_jax.kernels.gpu_memory import key_ring, rings, scratch, value_ring, with_stages
 from mfa_jax.kernels.gpu_merge import merge
-from mfa_jax.kernels.gpu_plan import BLOCK, PART, TILE, Plan, Work, divide, make_plan, segment_of
+from mfa_jax.kernels.gpu_plan import BLOCK, PART, TILE, Plan, Work, divide, make_plan, segment_of, segments_of
 from mfa_jax.kernels.gpu_roles import LOG2E, LSE_COLUMNS, average, fetch, prepare, score
 from mfa_jax.kernels.rows import from_rows, to_rows
 
@@ -119,19 +119,22 @@ def decode_attention(
         slopes = jnp.broadcast_to((alibi_slopes * LOG2E)[:, None], (1, T, N, 1))
         inputs["slopes"] = to_rows(slopes, K, plan.M)[0, :, :, 0]
     if inv_freq is not None:
-        inputs |= _rope_tables(inv_freq, S)
+        inputs |= _rope_tables(inv_freq, plan)
     work = divide(lengths, plan)
     out, lse = _call(plan, work, {name: x for name, x in inputs.items() if x is not None}, interpret)
     out, lse = merge(plan, work, out, lse, interpret)
     return from_rows(out, B, T, N, K), from_rows(lse, B, T, N, K)[..., 0]
 
 
-def _rope_tables(inv_freq: Float[Array, " W"], S: int) -> dict[str, Array]:
-    """Cosines and sines of where blocks start, and of offsets in a block, in half precision: 2^-12 off at most."""
-    starts = jnp.minimum(jnp.arange(-(-S // BLOCK)) * BLOCK, S - BLOCK)
+def _rope_tables(inv_freq: Float[Array, " W"], plan: Plan) -> dict[str, Array]:
+    """Cosines and sines of where the rows of each preparing warpgroup start in each block, `[blocks, 2, W]`, and of
+    offsets from there, `[BLOCK / 2, W]` in half precision: 2^-12 off at most."""
+    starts = jnp.minimum(jnp.arange(-(-plan.S // BLOCK)) * BLOCK, plan.S - BLOCK)
+    first = jnp.array([row for row, _ in plan.prepared_rows])
+    offsets = jnp.arange(BLOCK // len(plan.prepared_rows))
     out: dict[str, Array] = {}
-    for name, position, dtype in (("origin", starts, jnp.float32), ("offset", jnp.arange(BLOCK), jnp.float16)):
-        angle = position[:, None].astype(jnp.float32) * inv_freq
+    for name, position, dtype in (("origin", starts[:, None] + first, jnp.float32), ("offset", offsets, jnp.float16)):
+        angle = position[..., None].astype(jnp.float32) * inv_freq
         out |= {f"{name}_cos": jnp.cos(angle).astype(dtype), f"{name}_sin": jnp.sin(angle).astype(dtype)}
     return out
 
@@ -146,7 +149,7 @@ def _call(
     options = {"interpret": interpret} if interpret else {}
 
     def body(*found: Any, **shared: Any) -> None:
-        _roles(plan, Work(*found[:5]), dict(zip(names, found, strict=True)) | shared, bool(interpret))
+        _roles(plan, Work(*found[:len(Work._fields)]), dict(zip(names, found, strict=True)) | shared, bool(interpret))
 
     program = plgpu.kernel(
         body, out_type=results, scratch_types=scratch(plan), grid=(plan.M // TILE, plan.shares),
@@ -161,6 +164,7 @@ def _roles(plan: Plan, work: Work, refs: dict[str, Any], interpret: bool) -> Non
     """Gives each warpgroup its job; all walk the same segments."""
     share, tile, warpgroup = (lax.axis_index(name) for name in ("share", "tile", "role"))
     tiles = rings(plan, refs)
+    first, stop = segments_of(plan, work, share)
 
     def run(at: int, name: str, job: Any, begin: Any = None, **options: Any) -> None:
         @pl.when(warpgroup == at)
@@ -171,7 +175,7 @@ def _roles(plan: Plan, work: Work, refs: dict[str, Any], interpret: bool) -> Non
             if begin is not None:
                 begin(plan, refs, tiles)
             lax.fori_loop(
-                work.begin[share], work.end[share],
+                first, stop,
                 lambda s, i: job(plan, refs, tiles, segment_of(plan, work, share, tile, s), i, **options), jnp.int32(0))
 
     run(0, "score", score, _begin_scoring)
