@@ -190,7 +190,7 @@ def plan_for(case: Case, cores: int = 132) -> gpu_plan.Plan:
 
 @pytest.mark.parametrize(("name", "stages", "key_slots", "shares", "roles"), [
     ("MFA 64x256", 2, 1, 132, 3), ("MFA-KR 64x256", 3, 2, 132, 5), ("MLA 128x(512+64)", 2, 1, 66, 4),
-    ("MFA 64x256 int8", 3, 1, 132, 5), ("MFA-KR 64x256 int8", 3, 2, 132, 5), ("MLA 128x(512+64) int8", 2, 1, 66, 4),
+    ("MFA 64x256 int8", 3, 1, 132, 5), ("MFA-KR 64x256 int8", 4, 2, 132, 5), ("MLA 128x(512+64) int8", 2, 1, 66, 4),
     ("GQA 64/4x128", 6, 1, 132, 3), ("GQA 64/4x128 int8", 6, 2, 132, 5)])
 def test_plans_fit_an_sm(name: str, stages: int, key_slots: int, shares: int, roles: int) -> None:
     plan = plan_for(CASES[name])

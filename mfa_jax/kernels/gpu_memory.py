@@ -20,6 +20,11 @@ MAX_STAGES = 6
 COLUMNS = 64
 """Of a tile that are turned, widened or cleared at once, in registers."""
 
+PAIR = "pair"
+"""Axis of the blocks of threads of a cluster."""
+_FETCHED = ("k", "v", "scales")
+"""Rings that are filled by TMA."""
+
 _load: Any = plgpu.load
 _LOADS_BY_INDEX = "idx" in inspect.signature(plgpu.load).parameters
 """Until JAX 0.10."""
@@ -34,6 +39,8 @@ class Ring(NamedTuple):
     free: Any
     """Barriers: everyone who reads the tile has read it."""
     size: int
+    together: Any = None
+    """Axis of the blocks of threads that each fetch a part for all of them; None where each fetches its own."""
 
     def slot(self, i: Any) -> Any:
         return lax.rem(i, jnp.int32(self.size))
@@ -50,7 +57,7 @@ class Ring(NamedTuple):
 
     def copy(self, source: Any, target: Any, i: Any) -> None:
         """Of a part of item i; the tile is there when all its parts are."""
-        plgpu.copy_gmem_to_smem(source, target.at[self.slot(i)], self._at(self.full, i))
+        plgpu.copy_gmem_to_smem(source, target.at[self.slot(i)], self._at(self.full, i), collective_axes=self.together)
 
     def put(self, i: Any) -> None:
         """Makes what was written to the tile of item i visible."""
@@ -69,10 +76,13 @@ class Ring(NamedTuple):
         return barriers if self.size == 1 else barriers.at[self.slot(i)]
 
 
-def rings(plan: Plan, refs: dict[str, Any]) -> dict[str, Ring]:
+def rings(plan: Plan, refs: dict[str, Any], interpret: bool) -> dict[str, Ring]:
     """By name: k and v as they are stored, their scales; keys and values as they were prepared; weights."""
-    sizes = dict.fromkeys(("k", "v", "scales"), plan.stages) | {"keys": plan.key_slots, "values": 1, "weights": 1}
-    return {name: Ring(refs.get(f"{name}_ring"), refs[f"{name}_full"], refs[f"{name}_free"], size)
+    sizes = dict.fromkeys(_FETCHED, plan.stages) | {"keys": plan.key_slots, "values": 1, "weights": 1}
+    # The interpreter has no copies to several blocks of threads; each then fetches all, and the barriers are the same.
+    together = PAIR if plan.cluster > 1 and not interpret else None
+    return {name: Ring(refs.get(f"{name}_ring"), refs[f"{name}_full"], refs[f"{name}_free"], size,
+                       together if name in _FETCHED else None)
             for name, size in sizes.items() if f"{name}_full" in refs}
 
 
@@ -108,23 +118,29 @@ def scratch(plan: Plan) -> dict[str, Any]:
     values = keys if plan.shared else swizzle(plan.h, wide)
     narrow = swizzle(math.gcd(COLUMNS, half if plan.rope else plan.H), plan.cache_dtype)
     barrier = plgpu.Barrier
+
+    def freed(num_arrivals: int) -> Any:
+        """Of a place that is fetched into: by all who read it in all blocks of threads that fetch together."""
+        if plan.cluster == 1:
+            return barrier(num_arrivals=num_arrivals, num_barriers=n)
+        return plgpu.ClusterBarrier(collective_axes=(PAIR,), num_arrivals=num_arrivals, num_barriers=n)
+
     out = {
         "q_tile": _tile(TILE, plan.H, wide, keys), "q_full": barrier(),
         "weights_tile": _tile(TILE, BLOCK, wide, values), "kept": plgpu.SMEM((TILE,), jnp.float32),
         "weights_full": barrier(), "weights_free": barrier(num_arrivals=readers),
         "k_ring": _tile(BLOCK, plan.H, plan.cache_dtype, narrow if plan.narrow else keys, n),
         "k_full": barrier(num_arrivals=3 if plan.rope else 1, num_barriers=n),
-        "k_free": barrier(num_arrivals=(preparers or 1) + (readers if plan.shared and not plan.narrow else 0),
-                          num_barriers=n),
+        "k_free": freed((preparers or 1) + (readers if plan.shared and not plan.narrow else 0)),
     }
     if not plan.shared:
         out |= {"v_ring": _tile(BLOCK, plan.h, plan.cache_dtype, narrow if plan.narrow else values, n),
                 "v_full": barrier(num_barriers=n),
-                "v_free": barrier(num_arrivals=preparers if plan.narrow else readers, num_barriers=n)}
+                "v_free": freed(preparers if plan.narrow else readers)}
     if plan.narrow:
         names = ("k_scale",) if plan.shared else ("k_scale", "v_scale")
         out |= {f"{name}_ring": plgpu.SMEM((n, BLOCK), jnp.float32) for name in names}
-        out |= {"scales_full": barrier(num_arrivals=len(names), num_barriers=n), "scales_free": barrier(num_barriers=n)}
+        out |= {"scales_full": barrier(num_arrivals=len(names), num_barriers=n), "scales_free": freed(1)}
     if plan.prepares:
         both = plan.narrow and not plan.widens_values
         slots = plan.key_slots
@@ -137,6 +153,8 @@ def scratch(plan: Plan) -> dict[str, Any]:
         table = _tile(BLOCK // preparers, half, jnp.float16, swizzle(half, jnp.float16))
         out |= {f"offset_{x}_tile": table for x in ("cos", "sin")} | {"offset_full": barrier(num_arrivals=2)}
         out |= {f"origin_{x}_ring": plgpu.SMEM((n, preparers, half), jnp.float32) for x in ("cos", "sin")}
+    if plan.cluster > 1:
+        out["done"] = plgpu.ClusterBarrier(collective_axes=(PAIR,), num_arrivals=plan.roles)
     if plan.alibi:
         out |= {"slopes_tile": plgpu.SMEM((TILE,), jnp.float32), "slopes_full": barrier()}
     return out
@@ -144,7 +162,7 @@ def scratch(plan: Plan) -> dict[str, Any]:
 
 def bytes_of(plan: Plan) -> int:
     """Shared memory that a plan takes."""
-    arrays = [x for x in scratch(plan).values() if not isinstance(x, plgpu.Barrier)]
+    arrays = [x for x in scratch(plan).values() if not isinstance(x, (plgpu.Barrier, plgpu.ClusterBarrier))]
     sizes = [math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays]
     return _BARRIERS + sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
 

@@ -74,6 +74,11 @@ class Plan(NamedTuple):
         return ((0, BLOCK),) if self.scorer_prepares else ((0, BLOCK // 2), (BLOCK // 2, BLOCK // 2))
 
     @property
+    def cluster(self) -> int:
+        """Blocks of threads, each with a tile of the same queries' heads, that fetch keys and values together."""
+        return 1 if self.M // TILE % 2 else 2
+
+    @property
     def roles(self) -> int:
         """Warpgroups: one scores, some average, two may prepare, one fetches."""
         return 2 + len(self.parts) + (0 if self.scorer_prepares else len(self.prepared_rows))

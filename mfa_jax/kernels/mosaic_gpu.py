@@ -26,7 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Num
 
 from mfa_jax.kernels.calls import SCALED, Call, Device, default_device
-from mfa_jax.kernels.gpu_memory import key_ring, rings, scratch, value_ring, with_stages
+from mfa_jax.kernels.gpu_memory import PAIR, key_ring, rings, scratch, value_ring, with_stages
 from mfa_jax.kernels.gpu_merge import merge
 from mfa_jax.kernels.gpu_plan import BLOCK, PART, TILE, Plan, Work, divide, make_plan, segment_of, segments_of
 from mfa_jax.kernels.gpu_roles import LOG2E, LSE_COLUMNS, average, fetch, prepare, score
@@ -146,13 +146,15 @@ def _call(
     names = (*Work._fields, *inputs, "out", "lse")
     places = plan.B * plan.K + plan.shares - 1
     results = tuple(jax.ShapeDtypeStruct((places, plan.M, width), jnp.float32) for width in (plan.h, LSE_COLUMNS))
-    options = {"interpret": interpret} if interpret else {}
+    options: dict[str, Any] = {"interpret": interpret} if interpret else {}
+    if plan.cluster > 1:
+        options |= {"cluster": (plan.cluster,), "cluster_names": (PAIR,)}
 
     def body(*found: Any, **shared: Any) -> None:
         _roles(plan, Work(*found[:len(Work._fields)]), dict(zip(names, found, strict=True)) | shared, bool(interpret))
 
     program = plgpu.kernel(
-        body, out_type=results, scratch_types=scratch(plan), grid=(plan.M // TILE, plan.shares),
+        body, out_type=results, scratch_types=scratch(plan), grid=(plan.M // TILE // plan.cluster, plan.shares),
         grid_names=("tile", "share"), num_threads=plan.roles, thread_name="role",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="decode_attention", **options)
@@ -163,7 +165,9 @@ def _call(
 def _roles(plan: Plan, work: Work, refs: dict[str, Any], interpret: bool) -> None:
     """Gives each warpgroup its job; all walk the same segments."""
     share, tile, warpgroup = (lax.axis_index(name) for name in ("share", "tile", "role"))
-    tiles = rings(plan, refs)
+    if plan.cluster > 1:
+        tile = tile * plan.cluster + lax.axis_index(PAIR)
+    tiles = rings(plan, refs, interpret)
     first, stop = segments_of(plan, work, share)
 
     def run(at: int, name: str, job: Any, begin: Any = None, **options: Any) -> None:
@@ -185,6 +189,10 @@ def _roles(plan: Plan, work: Work, refs: dict[str, Any], interpret: bool) -> Non
     for at, rows in enumerate(() if plan.scorer_prepares else plan.prepared_rows, 1 + len(plan.parts)):
         run(at, "prepare", prepare, functools.partial(_begin_preparing, tables=not rows[0]), rows=rows)
     run(plan.roles - 1, "fetch", fetch)
+    if plan.cluster > 1:
+        # Memory of a block of threads that has ended must not be written by another.
+        plgpu.barrier_arrive(refs["done"])
+        plgpu.barrier_wait(refs["done"])
 
 
 def _begin_scoring(plan: Plan, refs: dict[str, Any], tiles: Any) -> None:
