@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mfa_jax.kernels.gpu_plan import BLOCK, TILE, Plan
+from mfa_jax.kernels.gpu_plan import BLOCK, OFFSETS, TILE, Plan
 
 LIMIT = 232448
 """Bytes that a block of threads may have on Hopper."""
@@ -113,7 +113,6 @@ def _tile(rows: int, width: int, dtype: Any, size: int, ring: int | None = None)
 def scratch(plan: Plan) -> dict[str, Any]:
     """By name. Both operands of a product lie in patterns of the same size; halves of a turned tile end with one."""
     wide, half, n, readers = jnp.bfloat16, plan.H // 2, plan.stages, len(plan.parts)
-    preparers = len(plan.prepared_rows)
     keys = swizzle(half if plan.rope else plan.H, wide)
     values = keys if plan.shared else swizzle(plan.h, wide)
     narrow = swizzle(math.gcd(COLUMNS, half if plan.rope else plan.H), plan.cache_dtype)
@@ -131,12 +130,12 @@ def scratch(plan: Plan) -> dict[str, Any]:
         "weights_full": barrier(), "weights_free": barrier(num_arrivals=readers),
         "k_ring": _tile(BLOCK, plan.H, plan.cache_dtype, narrow if plan.narrow else keys, n),
         "k_full": barrier(num_arrivals=3 if plan.rope else 1, num_barriers=n),
-        "k_free": freed((preparers or 1) + (readers if plan.shared and not plan.narrow else 0)),
+        "k_free": freed(1 + (readers if plan.shared and not plan.narrow else 0)),
     }
     if not plan.shared:
         out |= {"v_ring": _tile(BLOCK, plan.h, plan.cache_dtype, narrow if plan.narrow else values, n),
                 "v_full": barrier(num_barriers=n),
-                "v_free": freed(preparers if plan.narrow else readers)}
+                "v_free": freed(1 if plan.narrow else readers)}
     if plan.narrow:
         names = ("k_scale",) if plan.shared else ("k_scale", "v_scale")
         out |= {f"{name}_ring": plgpu.SMEM((n, BLOCK), jnp.float32) for name in names}
@@ -144,15 +143,15 @@ def scratch(plan: Plan) -> dict[str, Any]:
     if plan.prepares:
         both = plan.narrow and not plan.widens_values
         slots = plan.key_slots
-        out |= {"keys_ring": _tile(BLOCK, plan.H, wide, keys, slots), "keys_full": barrier(num_arrivals=preparers, num_barriers=slots),
+        out |= {"keys_ring": _tile(BLOCK, plan.H, wide, keys, slots), "keys_full": barrier(num_barriers=slots),
                 "keys_free": barrier(num_arrivals=1 + (readers if both else 0), num_barriers=slots)}
     if plan.widens_values:
-        out |= {"values_ring": _tile(BLOCK, plan.h, wide, values, 1), "values_full": barrier(num_arrivals=preparers),
+        out |= {"values_ring": _tile(BLOCK, plan.h, wide, values, 1), "values_full": barrier(),
                 "values_free": barrier(num_arrivals=readers)}
     if plan.rope:
-        table = _tile(BLOCK // preparers, half, jnp.float16, swizzle(half, jnp.float16))
+        table = _tile(OFFSETS, half, jnp.float16, swizzle(half, jnp.float16))
         out |= {f"offset_{x}_tile": table for x in ("cos", "sin")} | {"offset_full": barrier(num_arrivals=2)}
-        out |= {f"origin_{x}_ring": plgpu.SMEM((n, preparers, half), jnp.float32) for x in ("cos", "sin")}
+        out |= {f"origin_{x}_ring": plgpu.SMEM((n, BLOCK // OFFSETS, half), jnp.float32) for x in ("cos", "sin")}
     if plan.cluster > 1:
         out["done"] = plgpu.ClusterBarrier(collective_axes=(PAIR,), num_arrivals=plan.roles)
     if plan.alibi:

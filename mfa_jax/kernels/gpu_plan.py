@@ -15,6 +15,9 @@ TILE = 64
 BLOCK = 64
 """Keys fetched at once. A tile of 64 x 256 bfloat16 is 32 KiB, about what an SM must have on its way to keep the memory
 busy: 3.35 TB/s x 1 us / 132 SMs = 25 KB."""
+OFFSETS = BLOCK // 2
+"""Keys that are turned from the same origin: a table of angles for all of a block would leave no room for two blocks of
+prepared keys."""
 PART = 256
 """Most value columns of a warpgroup: 64 x 256 sums in float32 are 128 registers a thread."""
 
@@ -63,15 +66,8 @@ class Plan(NamedTuple):
 
     @property
     def scorer_prepares(self) -> bool:
-        """There are no registers for more warpgroups."""
+        """There are no registers for a fifth warpgroup."""
         return self.prepares and len(self.parts) > 1
-
-    @property
-    def prepared_rows(self) -> tuple[tuple[int, int], ...]:
-        """First row and number of the rows of a block that each preparing warpgroup turns or widens."""
-        if not self.prepares:
-            return ()
-        return ((0, BLOCK),) if self.scorer_prepares else ((0, BLOCK // 2), (BLOCK // 2, BLOCK // 2))
 
     @property
     def cluster(self) -> int:
@@ -80,8 +76,8 @@ class Plan(NamedTuple):
 
     @property
     def roles(self) -> int:
-        """Warpgroups: one scores, some average, two may prepare, one fetches."""
-        return 2 + len(self.parts) + (0 if self.scorer_prepares else len(self.prepared_rows))
+        """Warpgroups: one scores, some average, one may prepare, one fetches."""
+        return 2 + len(self.parts) + (self.prepares and not self.scorer_prepares)
 
 
 def make_plan(call: Call, B: int = 1, K: int = 1, cores: int = 1, scale: float = 1.0) -> Plan:

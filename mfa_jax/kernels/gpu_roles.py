@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mfa_jax.kernels.gpu_memory import COLUMNS, Ring, key_ring, load, store, swizzle, value_ring
-from mfa_jax.kernels.gpu_plan import BLOCK, PART, TILE, Plan, Segment, start_of
+from mfa_jax.kernels.gpu_plan import BLOCK, OFFSETS, PART, TILE, Plan, Segment, start_of
 
 LOG2E = math.log2(math.e)
 _HIDDEN = -1e30
@@ -48,40 +48,36 @@ def fetch(plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], segment: Seg
     return lax.fori_loop(0, segment.count, step, i)
 
 
-def prepare(
-    plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], segment: Segment, i: Any, *, rows: tuple[int, int]
-) -> Any:
-    """Turns and widens some rows of a segment's blocks."""
+def prepare(plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], segment: Segment, i: Any) -> Any:
+    """Turns and widens a segment's blocks."""
     def step(_: Any, i: Any) -> Any:
-        prepare_block(plan, refs, rings, i, rows)
+        prepare_block(plan, refs, rings, i)
         return i + 1
 
     return lax.fori_loop(0, segment.count, step, i)
 
 
-def prepare_block(
-    plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], i: Any, rows: tuple[int, int]
-) -> None:
-    """Turns some keys of item i by their positions, and widens keys and values that are narrow."""
-    stored, keys, some = rings["k"], rings["keys"], pl.ds(*rows)
+def prepare_block(plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], i: Any) -> None:
+    """Turns the keys of item i by their positions, and widens keys and values that are narrow."""
+    stored, keys = rings["k"], rings["keys"]
     slot = stored.wait(i)
-    tile = stored.tiles.at[slot, some]
-    origin = (slot, plan.prepared_rows.index(rows))
-    _write(keys, i, some, _turned(plan, refs, tile, origin) if plan.rope else _widened(tile))
+    tile = stored.tiles.at[slot]
+    _write(keys, i, _turned(plan, refs, tile, slot) if plan.rope else _widened(tile))
     if "values" in rings:
         source = stored if plan.shared else rings["v"]
-        _write(rings["values"], i, some, _widened(tile if plan.shared else source.tiles.at[source.wait(i), some]))
+        _write(rings["values"], i, _widened(tile if plan.shared else source.tiles.at[source.wait(i)]))
         if not plan.shared:
             source.release(i)
     stored.release(i)
 
 
-def _write(ring: Ring, i: Any, rows: Any, columns: Iterator[tuple[int, Any]]) -> None:
-    """Writes columns as they are computed; the first are, before the place is waited for."""
-    first = next(columns)
+def _write(ring: Ring, i: Any, pieces: Iterator[tuple[int, int, Any]]) -> None:
+    """Writes pieces (first row and column, elements) as they are computed; the first is, before the place is waited
+    for."""
+    first = next(pieces)
     tile = ring.tiles.at[ring.claim(i)]
-    for at, x in itertools.chain([first], columns):
-        tile[rows, pl.ds(at, x.shape[1])] = x
+    for row, column, x in itertools.chain([first], pieces):
+        tile[pl.ds(row, x.shape[0]), pl.ds(column, x.shape[1])] = x
     ring.put(i)
 
 
@@ -102,24 +98,25 @@ def _float32(tile: Any, at: int, width: int) -> Any:
     return _wide(tile, at, width).astype(jnp.float32)
 
 
-def _widened(tile: Any) -> Iterator[tuple[int, Any]]:
+def _widened(tile: Any) -> Iterator[tuple[int, int, Any]]:
+    """In as few pieces as fit the registers: all four warps wait for each other before and after each is written."""
     width = tile.shape[1]
     step = max(w for w in range(COLUMNS, PART + 1, COLUMNS) if width % w == 0)
     for at in range(0, width, step):
-        yield at, _wide(tile, at, step)
+        yield 0, at, _wide(tile, at, step)
 
 
-def _turned(plan: Plan, refs: dict[str, Any], tile: Any, origin: tuple[Any, int]) -> Iterator[tuple[int, Any]]:
-    """By R(start) R(offset): the first is a row for these rows of a block, the second a table that stays."""
+def _turned(plan: Plan, refs: dict[str, Any], tile: Any, slot: Any) -> Iterator[tuple[int, int, Any]]:
+    """By R(origin) R(offset): the first is a row for some keys of a block, the second a table that stays."""
     half = plan.H // 2
-    width = math.gcd(COLUMNS, half)
-    for at in range(0, half, width):
-        cos, sin = (_float32(refs[f"offset_{x}_tile"], at, width) for x in ("cos", "sin"))
-        cos_0, sin_0 = (_origins(refs[f"origin_{x}_ring"].at[*origin, pl.ds(at, width)], cos) for x in ("cos", "sin"))
+    for part in range(BLOCK // OFFSETS):
+        keys = tile.at[pl.ds(part * OFFSETS, OFFSETS)]
+        cos, sin = (_float32(refs[f"offset_{x}_tile"], 0, half) for x in ("cos", "sin"))
+        cos_0, sin_0 = (_origins(refs[f"origin_{x}_ring"].at[slot, part], cos) for x in ("cos", "sin"))
         cos, sin = cos * cos_0 - sin * sin_0, sin * cos_0 + cos * sin_0
-        first, second = _float32(tile, at, width), _float32(tile, half + at, width)
-        yield at, (first * cos - second * sin).astype(jnp.bfloat16)
-        yield half + at, (second * cos + first * sin).astype(jnp.bfloat16)
+        first, second = _float32(keys, 0, half), _float32(keys, half, half)
+        yield part * OFFSETS, 0, (first * cos - second * sin).astype(jnp.bfloat16)
+        yield part * OFFSETS, half, (second * cos + first * sin).astype(jnp.bfloat16)
 
 
 def score(plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], segment: Segment, i: Any) -> Any:
@@ -168,7 +165,7 @@ def _scores(
     """Scores of a block, in powers of two; what of it is seen; and the scales of its values."""
     keys, values = key_ring(plan, rings), value_ring(plan, rings)
     if plan.scorer_prepares:
-        prepare_block(plan, refs, rings, i, *plan.prepared_rows)
+        prepare_block(plan, refs, rings, i)
     slot = keys.wait(i)
     s = _products(plan, refs["q_tile"], keys.tiles.at[slot]) * (plan.scale * LOG2E)
     block = segment.block + j

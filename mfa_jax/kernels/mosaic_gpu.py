@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, Num
 from mfa_jax.kernels.calls import SCALED, Call, Device, default_device
 from mfa_jax.kernels.gpu_memory import PAIR, key_ring, rings, scratch, value_ring, with_stages
 from mfa_jax.kernels.gpu_merge import merge
-from mfa_jax.kernels.gpu_plan import BLOCK, PART, TILE, Plan, Work, divide, make_plan, segment_of, segments_of
+from mfa_jax.kernels.gpu_plan import BLOCK, OFFSETS, PART, TILE, Plan, Work, divide, make_plan, segment_of, segments_of
 from mfa_jax.kernels.gpu_roles import LOG2E, LSE_COLUMNS, average, fetch, prepare, score
 from mfa_jax.kernels.rows import from_rows, to_rows
 
@@ -37,12 +37,12 @@ _INTERPRETER_THREADS = 8
 """The interpreter runs each warpgroup in a thread of XLA's pool and hangs where there are too few."""
 _HOPPER = 9.0
 """Compute capability whose matrix instructions the kernel uses; Blackwell does not have them."""
-_LAUNCHED = {3: 168, 4: 128, 5: 96}
+_LAUNCHED = {3: 168, 4: 128}
 """Registers a thread that so many warpgroups start with: 65536 over all threads, rounded down to 8."""
 _REGISTERS = {
     "as stored": {"fetch": 40, "score": 168, "average": 232},
-    "turned": {"fetch": 24, "score": 128, "average": 168, "prepare": 96},
-    "widened": {"fetch": 24, "score": 144, "average": 176, "prepare": 80},
+    "turned": {"fetch": 32, "score": 128, "average": 168, "prepare": 184},
+    "widened": {"fetch": 40, "score": 144, "average": 176, "prepare": 152},
     "two parts": {"fetch": 40, "score": 136, "average": 168},
 }
 """Registers a thread of each role, by what is done to keys, or that there are two parts of value columns. Found by
@@ -127,13 +127,12 @@ def decode_attention(
 
 
 def _rope_tables(inv_freq: Float[Array, " W"], plan: Plan) -> dict[str, Array]:
-    """Cosines and sines of where the rows of each preparing warpgroup start in each block, `[blocks, 2, W]`, and of
-    offsets from there, `[BLOCK / 2, W]` in half precision: 2^-12 off at most."""
-    starts = jnp.minimum(jnp.arange(-(-plan.S // BLOCK)) * BLOCK, plan.S - BLOCK)
-    first = jnp.array([row for row, _ in plan.prepared_rows])
-    offsets = jnp.arange(BLOCK // len(plan.prepared_rows))
+    """Cosines and sines of the origins in each block, `[blocks, BLOCK / OFFSETS, W]`, and of offsets from there,
+    `[OFFSETS, W]` in half precision: 2^-12 off at most."""
+    starts = jnp.minimum(jnp.arange(-(-plan.S // BLOCK)) * BLOCK, plan.S - BLOCK)[:, None]
+    origins, offsets = starts + jnp.arange(0, BLOCK, OFFSETS), jnp.arange(OFFSETS)
     out: dict[str, Array] = {}
-    for name, position, dtype in (("origin", starts[:, None] + first, jnp.float32), ("offset", offsets, jnp.float16)):
+    for name, position, dtype in (("origin", origins, jnp.float32), ("offset", offsets, jnp.float16)):
         angle = position[..., None].astype(jnp.float32) * inv_freq
         out |= {f"{name}_cos": jnp.cos(angle).astype(dtype), f"{name}_sin": jnp.sin(angle).astype(dtype)}
     return out
@@ -186,8 +185,8 @@ def _roles(plan: Plan, work: Work, refs: dict[str, Any], interpret: bool) -> Non
     for at, part in enumerate(plan.parts, 1):
         accumulate = _accumulate_interpreted if interpret else _accumulate
         run(at, "average", average, _begin_averaging, part=part, accumulate=accumulate)
-    for at, rows in enumerate(() if plan.scorer_prepares else plan.prepared_rows, 1 + len(plan.parts)):
-        run(at, "prepare", prepare, functools.partial(_begin_preparing, tables=not rows[0]), rows=rows)
+    if plan.prepares and not plan.scorer_prepares:
+        run(plan.roles - 2, "prepare", prepare, _begin_preparing)
     run(plan.roles - 1, "fetch", fetch)
     if plan.cluster > 1:
         # Memory of a block of threads that has ended must not be written by another.
@@ -208,13 +207,12 @@ def _begin_averaging(plan: Plan, refs: dict[str, Any], tiles: Any) -> None:
     tiles["weights"].release_all()
 
 
-def _begin_preparing(plan: Plan, refs: dict[str, Any], tiles: Any, tables: bool = True) -> None:
-    """`tables`: fetches those of the offsets, which one warpgroup does for all."""
+def _begin_preparing(plan: Plan, refs: dict[str, Any], tiles: Any) -> None:
     tiles["k"].release_all()
     if plan.narrow and not plan.shared:
         tiles["v"].release_all()
     if plan.rope:
-        for name in ("cos", "sin") if tables else ():
+        for name in ("cos", "sin"):
             plgpu.copy_gmem_to_smem(refs[f"offset_{name}"], refs[f"offset_{name}_tile"], refs["offset_full"])
         plgpu.barrier_wait(refs["offset_full"])
 
