@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
@@ -26,6 +27,8 @@ class Backend(NamedTuple):
     obstacle: Callable[[Call, Device], str | None] = lambda call, device: None
     takes_heads: bool = False
     """Whether keys may have an axis of key heads; else it is mapped over."""
+    rounds: bool = False
+    """Whether it takes `dtype`, the type of the averages; else they are float32, and rounded in a pass of their own."""
 
 
 def _gpu_interpreted(*args: Any, **options: Any) -> Any:
@@ -39,9 +42,9 @@ IMPLEMENTATIONS: dict[str, Backend] = {
     "mosaic_tpu_interpret": Backend(
         functools.partial(mosaic_tpu.decode_attention, interpret=pltpu.InterpretParams()),
         functools.partial(tpu_plan.obstacle, interpret=True), takes_heads=True),
-    "mosaic_gpu": Backend(mosaic_gpu.decode_attention, mosaic_gpu.obstacle, takes_heads=True),
+    "mosaic_gpu": Backend(mosaic_gpu.decode_attention, mosaic_gpu.obstacle, takes_heads=True, rounds=True),
     "mosaic_gpu_interpret": Backend(
-        _gpu_interpreted, functools.partial(mosaic_gpu.obstacle, interpret=True), takes_heads=True),
+        _gpu_interpreted, functools.partial(mosaic_gpu.obstacle, interpret=True), takes_heads=True, rounds=True),
 }
 _KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
 """What `auto` takes on a platform, where it can serve; `xla` otherwise."""
@@ -85,7 +88,7 @@ def decode_attention(
       NotImplementedError: T past `MAX_QUERIES`.
     """
     out, lse = averages(q, k, v, lengths, scale=scale, rope=rope, alibi_slopes=alibi_slopes, k_scale=k_scale,
-                        v_scale=v_scale, value_width=value_width, implementation=implementation)
+                        v_scale=v_scale, value_width=value_width, implementation=implementation, dtype=q.dtype)
     out = out.astype(q.dtype)
     return (out, lse) if return_lse else out
 
@@ -93,9 +96,10 @@ def decode_attention(
 def averages(
     q: Array, k: Array, v: Array | None, lengths: Array, *, scale: float, rope: Array | None,
     alibi_slopes: Array | None, k_scale: Array | None, v_scale: Array | None, value_width: int | None,
-    implementation: str,
+    implementation: str, dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
-    """`decode_attention` before its result is rounded to the type of `q`: averages and log-sum-exps in float32."""
+    """`decode_attention` before its result is rounded: averages in float32, or in `dtype` already where the backend
+    rounds itself, and log-sum-exps."""
     _check(q, k, v, lengths, rope, alibi_slopes, k_scale, v_scale, value_width)
     B, T, N, H = q.shape
     K = k.shape[1] if k.ndim == 4 else 1
@@ -105,6 +109,8 @@ def averages(
     backend = IMPLEMENTATIONS[resolve(implementation, call, default_device())]
     run = backend.run
     options = {"scale": scale, "inv_freq": rope, "value_width": value_width}
+    if backend.rounds:
+        options["dtype"] = dtype
     if k.ndim == 3 or backend.takes_heads:
         return run(q, k, v, lengths, alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, **options)
 

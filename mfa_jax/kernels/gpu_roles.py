@@ -135,7 +135,7 @@ def score(plan: Plan, refs: dict[str, Any], rings: dict[str, Ring], segment: Seg
         top, total, i = carry
         s, seen, v_scale = _scores(plan, refs, rings, segment, j, i, slopes)
         above = jnp.maximum(top, s.max(axis=1))
-        kept, p = jnp.exp2(top - above), jnp.exp2(s - _rows(above, s))
+        kept, p = jnp.exp2(top - above), jnp.exp2(s - over_columns(above, s))
         total = total * kept + p.sum(axis=1)
         if v_scale is not None:
             # What is not seen has weight zero, but its scale may be anything.
@@ -187,7 +187,7 @@ def _scores(
     key = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=_LAYOUT) + start
     query = segment.length - plan.T + _draft(plan, segment.tile)
     if slopes is not None:
-        s = s - _rows(slopes, s) * (query - key).astype(jnp.float32)
+        s = s - over_columns(slopes, s) * (query - key).astype(jnp.float32)
     seen = (key <= query) & (key >= block * BLOCK)
     return jnp.where(seen, s, _HIDDEN), seen, v_scale
 
@@ -219,7 +219,7 @@ def average(
 
     def scaled(sums: tuple[Any, ...]) -> tuple[Any, ...]:
         kept = load(refs["kept"], layout=_LAYOUT.reduce(1))
-        return tuple(x * _rows(kept, x) for x in sums)
+        return tuple(x * over_columns(kept, x) for x in sums)
 
     def step(j: Any, carry: Any) -> Any:
         sums, i = carry
@@ -260,7 +260,7 @@ def _draft(plan: Plan, tile: Any) -> Any:
     return lax.rem(row, jnp.full_like(row, plan.T))
 
 
-def _rows(x: Any, like: Any) -> Any:
+def over_columns(x: Any, like: Any) -> Any:
     """A number a row, over the columns of `like`."""
     return lax.broadcast_in_dim(x, like.shape, [0])
 

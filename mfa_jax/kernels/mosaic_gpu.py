@@ -97,11 +97,12 @@ def decode_attention(
     q: Float[Array, "B T N H"], k: Num[Array, "B *K S H"], v: Num[Array, "B *K S h"] | None, lengths: Int[Array, " B"],
     *, scale: float, inv_freq: Float[Array, " W"] | None, alibi_slopes: Float[Array, " N"] | None,
     k_scale: Float[Array, "B *K S"] | None, v_scale: Float[Array, "B *K S"] | None, value_width: int | None,
-    cores: int | None = None, interpret: Any = False,
+    dtype: Any = jnp.float32, cores: int | None = None, interpret: Any = False,
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """`kernels.decode_attention` on a Hopper GPU; products take bfloat16, sums and softmax are float32.
 
     Args:
+      dtype: of the averages.
       cores: SMs to divide the work over; None for the default device's, and for 4 where that is interpreted.
       interpret: False to compile, or `pallas.mosaic_gpu.InterpretGPUParams`.
     """
@@ -122,7 +123,7 @@ def decode_attention(
         inputs |= _rope_tables(inv_freq, plan)
     work = divide(lengths, plan)
     out, lse = _call(plan, work, {name: x for name, x in inputs.items() if x is not None}, interpret)
-    out, lse = merge(plan, work, out, lse, interpret)
+    out, lse = merge(plan, work, out, lse, dtype, interpret)
     return from_rows(out, B, T, N, K), from_rows(lse, B, T, N, K)[..., 0]
 
 
