@@ -83,6 +83,8 @@ class BenchDecodeKernelConfig:
     """Timed rounds of each side of a point; all take turns."""
     torch: bool = True
     """Measure PyTorch too, where it is installed."""
+    leave_out: tuple[str, ...] = ()
+    """Names of sides that are not measured, such as `torch flex`, which takes the longest to compile."""
     layer: bool = True
     """Measure Step-3's attention layer too, projections included."""
     tiny: bool = False
@@ -97,6 +99,9 @@ class BenchDecodeKernelConfig:
             require(name in NAMES, "cases", name, f"must be of {', '.join(NAMES)}")
         for name in self.cache_dtypes:
             require(name in CACHE_DTYPES, "cache_dtypes", name, f"must be of {', '.join(CACHE_DTYPES)}")
+        known = tuple(sides(self.torch))
+        for name in self.leave_out:
+            require(name in known, "leave_out", name, f"must be of {', '.join(known)}")
         require(self.rounds >= 1, "rounds", self.rounds, "must be at least 1")
         require(self.budget_seconds > 0, "budget_seconds", self.budget_seconds, "must be positive")
 
@@ -144,7 +149,8 @@ class Budget:
 def measure(config: BenchDecodeKernelConfig) -> dict[str, Any]:
     """The record of the benchmark; it is written to `config.output` as it grows."""
     scale, budget, screen = config.scale, Budget(config.budget_seconds), Console(stderr=True)
-    copy, found = make_copy(scale.copy_bytes), sides(config.torch)
+    copy = make_copy(scale.copy_bytes)
+    found = {name: side for name, side in sides(config.torch).items() if name not in config.leave_out}
     device = device_speed(scale, copy)
     record: dict[str, Any] = {
         "benchmark": "decode_kernel", "config": to_dict(config), "scale": dataclasses.asdict(scale),
