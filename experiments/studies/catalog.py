@@ -1,5 +1,5 @@
 """The studies, by name."""
 
-from experiments.studies import cache_quality
+from experiments.studies import cache_quality, factorization, key_reuse_start
 
-STUDIES = {study.name: study for study in (cache_quality.STUDY,)}
+STUDIES = {study.name: study for study in (cache_quality.STUDY, factorization.STUDY, key_reuse_start.STUDY)}
