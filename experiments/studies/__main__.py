@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from experiments import cli
-from experiments.studies import report, runner
+from experiments.studies import corpus, report, runner
 from experiments.studies.catalog import STUDIES
 from experiments.studies.study import SCALES, scale_named
 from mfa_jax.config import require
@@ -60,6 +60,7 @@ def main() -> None:
         print(f"written: {report.write(study, folder, HERE / name)}")
         return
     scale = scale_named(config.scale)
+    corpus.find_all(scale.train)  # here already, so that not each worker says what is missing
     if config.workers * config.devices > 1:
         single = [name, "run", "--scale", config.scale, "--results", config.results, "--workdir", config.workdir]
         single += ["--keep-runs"] if config.keep_runs else []

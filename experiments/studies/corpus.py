@@ -44,13 +44,18 @@ def find(name: str) -> Path:
     return found
 
 
+def find_all(train: str) -> dict[str, str]:
+    """The files of a training text, the validation books and the test books. Raises: ValueError: one is missing."""
+    return {name: str(find(name)) for name in (train, VALID, TEST)}
+
+
 def prepared(train: str, folder: Path) -> Corpus:
     """The shards of a training text, with the validation books held out, and of the test books; written once.
 
     Raises:
       ValueError: a text is missing, or a book is in two of them.
     """
-    texts = {name: str(find(name)) for name in (train, VALID, TEST)}
+    texts = find_all(train)
     data = DataConfig(source=texts[train], held_out_source=texts[VALID], prepared=str(folder / train))
     # Of these shards the held-out split alone is used.
     test = DataConfig(source=texts[VALID], held_out_source=texts[TEST])

@@ -175,7 +175,7 @@ def start_workers(arguments: Sequence[str], workers: int, devices: int) -> list[
         try:
             for i in range(workers * devices):
                 # Without a share of its own the first process would take most of a GPU's memory.
-                environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / workers:.3f}", **os.environ}
+                environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.85 / workers:.3f}", **os.environ}
                 if devices > 1:
                     environment["CUDA_VISIBLE_DEVICES"] = str(i % devices)
                 children.append(subprocess.Popen([sys.executable, "-m", "experiments.studies", *arguments],
