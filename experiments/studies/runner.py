@@ -132,7 +132,12 @@ def execute(study: Study, scale: Scale, text: corpus.Corpus, run: Run, folder: P
 def _curve(folder: Path) -> dict[str, list[Any]]:
     path = folder / records.METRICS
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {name: [line.get(name) for line in lines] for name in _CURVE}
+    return {name: [_short(line.get(name)) for line in lines] for name in _CURVE}
+
+
+def _short(value: Any) -> Any:
+    """Five digits are enough to draw a curve."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _machine(seconds: float) -> dict[str, Any]:
