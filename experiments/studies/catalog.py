@@ -1,6 +1,6 @@
 """The studies, by name."""
 
-from experiments.studies import cache_quality, factorization, key_reuse_start, positions
+from experiments.studies import cache_quality, factorization, key_reuse_start, positions, scaling
 
 STUDIES = {study.name: study for study in (
-    cache_quality.STUDY, factorization.STUDY, key_reuse_start.STUDY, positions.STUDY)}
+    cache_quality.STUDY, factorization.STUDY, key_reuse_start.STUDY, positions.STUDY, scaling.STUDY)}

@@ -111,9 +111,9 @@ def values(found: Sequence[Record], metric: str = "test_bits_per_byte") -> list[
 
 
 def spread(numbers: Sequence[float], digits: int = 4) -> str:
-    """`mean ± standard deviation (n)`."""
+    """`mean ± standard deviation (n)`; `none` where no run has finished."""
     if not numbers:
-        return "diverged"
+        return "none"
     if len(numbers) == 1:
         return f"{numbers[0]:.{digits}f} (1)"
     return f"{np.mean(numbers):.{digits}f} ± {np.std(numbers, ddof=1):.{digits}f} ({len(numbers)})"
@@ -132,9 +132,9 @@ def difference(left: Sequence[float], right: Sequence[float]) -> tuple[float, fl
 
 
 def compared(left: Sequence[float], right: Sequence[float]) -> list[str]:
-    """Two cells: the difference with its interval, and whether it tells the two apart."""
+    """Two cells: the difference with its interval, and whether it tells the two apart; `none` without finished runs."""
     if not left or not right:
-        return ["", "one diverged"]
+        return ["", "none"]
     mean, half = difference(left, right)
     if math.isinf(half):
         return [f"{mean:+.4f}", "too few seeds"]
