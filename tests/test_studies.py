@@ -25,6 +25,7 @@ from experiments import cli
 from experiments.studies import __main__ as script
 from experiments.studies import corpus, key_reuse_start, positions, records, report, runner
 from experiments.studies.catalog import STUDIES
+from experiments.studies.long_context import tasks
 from experiments.studies.records import Record
 from experiments.studies.study import SCALES, Run, Scale, identity, make_run, results_of, tuned
 from mfa_jax import capacity
@@ -41,6 +42,8 @@ def record_of(run: Run, loss: float, scale: Scale = TINY, **more) -> Record:
     metrics = {"valid_bits_per_byte": loss, "test_bits_per_byte": loss + 0.01, "parameters": 1000,
                "cache_bytes_per_token": capacity.analyse_model(run.config.model, context=1).cache_bytes_per_token,
                "W_effective_rank": 3.0, "U_effective_rank": 4.0,
+               "position_edges": [0, 16, 32], "position_bits": [3.0, 2.0], "needle_bits": np.ones((3, 5)).tolist(),
+               "told_bits": [5.0, 5.0], "again_bits": [4.0, 4.5], "held_bits": loss, "held_bits_per_cached_byte": loss,
                **{positions.name_of(factor): loss + factor / 10 for factor in positions.LENGTHS}}
     return Record(**{"scale": scale.name, "run": run.name, "labels": run.labels, "config": identity(run.config),
                      "outcome": "finished", "note": "", "metrics": metrics,
@@ -125,6 +128,26 @@ def test_a_run_is_done_only_with_the_same_config():
     elsewhere = dataclasses.replace(run.config.data, source="x", prepared="y", held_out_source="z")
     moved = dataclasses.replace(run, config=dataclasses.replace(run.config, workdir="w", data=elsewhere))
     assert results_of([record])(moved) is record
+
+
+def test_tasks_of_long_windows_ask_what_they_say(tmp_path):
+    books = [np.frombuffer((f"book {i} " * 40_000).encode(), np.uint8).astype(np.uint16) for i in range(2)]
+    task = tasks.needle(books, rows=4, length=200, depth=0.5, seed=1)
+    assert task.tokens.shape == (4, 201) and task.asked.sum(axis=1).tolist() == [5] * 4
+    for tokens, asked in zip(task.tokens, task.asked, strict=True):
+        text = bytes(tokens.tolist()).decode()
+        (name, number), (again, answer) = re.findall(r"The secret number of (\w+) is (\d{5})", text)
+        assert (name, number) == (again, answer) and text.endswith(answer) and "book" in text
+        assert bytes(tokens[1:][asked].tolist()).decode() == answer
+        assert 40 < text.index("The secret") < 100
+    with pytest.raises(ValueError, match="length=50"):
+        tasks.needle(books, 1, 50, 0.5, 1)
+    first, second = tasks.pairs(rows=3, count=4, seed=1)
+    for row in range(3):
+        told = re.findall(r"(\w\w)=(\w\w);", bytes(first.tokens[row].tolist()).decode())
+        assert len(dict(told)) == 4 and sorted(told[:4]) == sorted(told[4:])
+        for task, part in ((first, told[:4]), (second, told[4:])):
+            assert bytes(task.tokens[row, 1:][task.asked[row]].tolist()).decode() == "".join(v for _, v in part)
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------
