@@ -79,7 +79,7 @@ def measure(scale: Scale, trained: Trained, test: Prepared) -> dict[str, Any]:
             values.append(float(np.nanmean(bits(task))))
     cached = cache_bytes_per_token(trained.config.model)
     # Two value bytes a pair; the pairs take six tokens each of the cache before they are asked for.
-    held = [2 * count * max(a - b, 0.0) for count, a, b in zip(PAIRS, told, again, strict=False)]
+    held = [2 * count * (a - b) for count, a, b in zip(PAIRS, told, again, strict=False)]
     per_byte = [bits_held / (6 * count * cached) for count, bits_held in zip(PAIRS, held, strict=False)]
     return {**found, "told_bits": told, "again_bits": again, "held_bits": max(held),
             "held_bits_per_cached_byte": max(per_byte)}
