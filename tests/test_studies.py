@@ -35,6 +35,9 @@ from mfa_jax.presets import model_preset
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = SCALES["tiny"]
+# The first study stands for all in the inner loop.
+each_study = pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name == "cache_quality" else pytest.mark.slow) for name in STUDIES])
 
 
 def record_of(run: Run, loss: float, scale: Scale = TINY, **more) -> Record:
@@ -198,7 +201,7 @@ def test_difference_is_welchs():
     assert report.compared([], [1.1])[1] == "none"
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@each_study
 def test_a_report_is_made_of_metrics_alone_and_stays_the_same(name, tmp_path):
     for record in all_done(name):
         records.append(tmp_path, record)
@@ -210,7 +213,7 @@ def test_a_report_is_made_of_metrics_alone_and_stays_the_same(name, tmp_path):
     assert page.read_text() == text and {p: p.read_bytes() for p in pictures} == pictures
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@each_study
 def test_a_report_tells_what_is_missing_diverged_or_of_other_settings(name, tmp_path):
     found = all_done(name)
     found[0] = dataclasses.replace(found[0], outcome="diverged", metrics={}, note="step 3: x is not finite")
