@@ -46,11 +46,13 @@ def section(found: Sequence[Record], folder: Path) -> str:
 def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for name, runs in chosen.items():
+    order = sorted(chosen.items(), key=lambda item: np.mean(report.values(item[1])))
+    for i, (name, runs) in enumerate(order):
         bytes_, losses = runs[0].metrics["cache_bytes_per_token"], report.values(runs)
         points = axes.plot([bytes_] * len(losses), losses, ".", alpha=0.5)
-        axes.plot(bytes_, np.mean(losses), "o", color=points[0].get_color(), markersize=8)
-        axes.annotate(name.upper(), (bytes_, float(np.mean(losses))), xytext=(8, 4), textcoords="offset points")
+        axes.plot(bytes_, np.mean(losses), "o", color=points[0].get_color(), markersize=8, alpha=0.7)
+        axes.annotate(name.upper(), (bytes_, float(np.mean(losses))), xytext=(8, 5 if i % 2 else -12),
+                      textcoords="offset points")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
     axes.set(xlabel="cached bytes a token, all layers (bfloat16, measured)", ylabel="bits per byte on books-test",
