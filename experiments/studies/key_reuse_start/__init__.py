@@ -63,7 +63,7 @@ def section(found: Sequence[Record], folder: Path) -> str:
                      stable_rate(runs), *watch(watched)])
     table = report.table(
         ["start", "best rate", "bits per byte on books-test", "against zero, 95 % interval", "loss against zero",
-         "largest stable rate", "gradient norm, first step", "largest after warm-up", "loss spikes"], rows)
+         "largest stable rate", "gradient norm, first logged", "largest after warm-up", "loss spikes"], rows)
     return "\n\n".join([table, report.rates_table(found), _picture(found, folder)])
 
 
@@ -78,7 +78,7 @@ def stable_rate(runs: Sequence[Record]) -> str:
 
 
 def watch(run: Record) -> list[str]:
-    """Three cells: the first gradient norm, the largest past the warm-up, and how often the loss jumped up."""
+    """Three cells: the first gradient norm logged, the largest past the warm-up, and how often the loss jumped up."""
     points = [(step, loss, norm) for step, loss, norm in zip(
         run.curve["step"], run.curve["loss"], run.curve["grad_norm"], strict=True) if None not in (loss, norm)]
     warm = run.config["optimizer"]["warmup_steps"]

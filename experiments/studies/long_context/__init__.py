@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from experiments.studies import report
@@ -125,12 +126,15 @@ def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
         middle.plot(DEPTHS, mean(runs, "needle_bits")[-1], "o-", markersize=4, label=name)
         gained = mean(runs, "told_bits") - mean(runs, "again_bits")
         right.plot(PAIRS[:len(gained)], gained, "o-", markersize=4, label=name)
-    left.set(xscale="log", xlabel="position in the window, up to", ylabel="bits per byte", title="long books")
+    left.set(xlabel="position in the window, up to", ylabel="bits per byte", title="long books")
     middle.axhline(math.log2(10), color="grey", linestyle=":", label="chance")
     middle.set(xlabel="depth of the needle", ylabel="bits a digit", title="needle, at the trained length")
     right.set(xscale="log", xlabel="pairs", ylabel="bits a value byte gained", title="told again")
     right.set_xticks(PAIRS, [str(count) for count in PAIRS])
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter(ticker.ScalarFormatter())
     for axes in (left, middle, right):
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
     figure.suptitle(f"Long windows ({scale}), mean over seeds")

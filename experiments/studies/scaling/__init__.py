@@ -92,6 +92,7 @@ def exponent(runs: Sequence[Record]) -> list[str]:
 def _picture(chosen: dict[str, dict[int, list[Record]]], folder: Path, scale: str) -> str:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
+    ticks = [parameters(runs[0]) for runs in next(iter(chosen.values())).values() if runs]
     for name, by_size in chosen.items():
         groups = [runs for runs in by_size.values() if runs]
         points = [(parameters(runs[0]), float(np.mean(report.values(runs)))) for runs in groups]
@@ -99,8 +100,10 @@ def _picture(chosen: dict[str, dict[int, list[Record]]], folder: Path, scale: st
             if there and points:
                 axes.plot(*zip(*points, strict=True), "o-", label=name)
     for axes, title in ((left, "variants"), (right, "widths of MFA")):
-        axes.set(xscale="log", yscale="log", xlabel="parameters beside the embedding", title=title)
-        axes.grid(alpha=0.3, which="both")
+        axes.set(xscale="log", xlabel="parameters beside the embedding", title=title)
+        axes.set_xticks(ticks, [f"{tick / 1e6:.2g} M" for tick in ticks])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     left.set_ylabel(f"bits per byte on books-test ({scale})")
     return report.save(figure, folder / f"{scale}.png")
