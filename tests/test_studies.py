@@ -91,6 +91,7 @@ def test_a_plan_compares_equals(name, scale):
     assert len({(run.config.steps, run.config.data.batch_size, run.labels.get("size")) for run in runs}) == len(by_size)
 
 
+@pytest.mark.slow
 def test_the_starts_of_key_reuse_are_what_their_names_say():
     def start(name: str) -> tuple[np.ndarray, float]:
         """The map from key to value, and the size of the gradients that alpha and N_kr get."""
