@@ -60,19 +60,29 @@ def match_heads(attention: A, model_dim: int, parameters: int, multiple: int = 2
 def matched(reference: ModelConfig, attention: AttentionConfig, multiple: int = 2) -> ModelConfig:
     """`reference` with other attention and as many parameters beside the embedding as before.
 
-    Heads come from `match_heads`; the feed-forward width, a multiple of 8, takes up what they leave, to within
-    `12 D` parameters a layer.
+    Heads come from `match_heads`, and `match_feed_forward` takes up what they leave.
+
+    Raises:
+      ValueError: attention alone takes more than the block has.
+    """
+    budget = attention_parameters(reference.attention, reference.model_dim)
+    return match_feed_forward(reference, match_heads(attention, reference.model_dim, budget, multiple))
+
+
+def match_feed_forward(reference: ModelConfig, attention: AttentionConfig) -> ModelConfig:
+    """`reference` with this attention, heads and all, and a feed-forward that makes as many parameters as before.
+
+    Its width is a multiple of 8, which matches to within `12 D` parameters a layer.
 
     Raises:
       ValueError: attention alone takes more than the block has.
     """
     D = reference.model_dim
-    budget = attention_parameters(reference.attention, D)
-    solved = match_heads(attention, D, budget, multiple)
-    spare = budget - attention_parameters(solved, D)
+    spare = attention_parameters(reference.attention, D) - attention_parameters(attention, D)
     ffn_dim = 8 * _nearest(3 * D * reference.ffn_dim + spare, 24 * D)
-    require(ffn_dim >= 8, "ffn_dim", ffn_dim, f"{solved.num_heads} heads of {solved.variant} leave no feed-forward")
-    return dataclasses.replace(reference, attention=solved, ffn_dim=ffn_dim)
+    require(ffn_dim >= 8, "ffn_dim", ffn_dim,
+            f"{attention.num_heads} heads of {attention.variant} leave no feed-forward")
+    return dataclasses.replace(reference, attention=attention, ffn_dim=ffn_dim)
 
 
 def _nearest(numerator: int, denominator: int) -> int:
@@ -116,11 +126,20 @@ def model_preset(name: str) -> ModelConfig:
     require(name in MODEL_PRESETS, "preset", name,
             f"must be one of {', '.join(MODEL_PRESETS)}, one of these with -moe, {', '.join(language_models)}")
     scale_name, _, variant = name.partition("-")
-    scale = _SCALES[scale_name]
-    D, H = scale.model_dim, scale.head_dim
+    return sized_model(variant, **dataclasses.asdict(_SCALES[scale_name]))
+
+
+def sized_model(variant: str, num_layers: int, model_dim: int, head_dim: int) -> ModelConfig:
+    """The model of a variant (`mha`, ..., `mfa-kr`) by the rules of our own sizes; `head_dim` is that of MHA, H.
+
+    Raises:
+      ValueError: a width that heads of H do not fill, or sizes at which a variant cannot match MHA's parameters.
+    """
+    D, H = model_dim, head_dim
+    require(D % H == 0, "model_dim", D, f"must be a multiple of head_dim={H}")
     reference = ModelConfig(
         vocab_size=264,
-        num_layers=scale.num_layers,
+        num_layers=num_layers,
         model_dim=D,
         ffn_dim=8 * _nearest(D, 3),
         attention=GQAConfig(num_heads=D // H, num_kv_heads=D // H, head_dim=H),

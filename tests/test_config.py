@@ -82,6 +82,8 @@ def test_every_field_survives_json() -> None:
     (lambda: PositionConfig(kind="alibi", scaling=RopeScaling()), "only kind='rope' can be scaled"),
     (lambda: RopeScaling(factor=0.5), "factor=0.5: must be at least 1"),
     (lambda: DataConfig(held_out=1.0), r"held_out=1.0: must be in \[0, 1\)"),
+    (lambda: DataConfig(held_out=0.0, held_out_source="x"), "held_out=0.0: holds nothing out, though held_out_s"),
+    (lambda: DataConfig(held_out_source=""), r"held_out_source='': must be stdlib, a path, or hf:NAME"),
     (lambda: OptimizerConfig(learning_rate=0.0), "learning_rate=0.0: must be positive"),
     (lambda: OptimizerConfig(warmup_steps=10, schedule_steps=5), "schedule_steps=5: must exceed warmup_steps=10"),
     (lambda: MeshConfig(data=-1, fsdp=-1), "only one axis may be -1"),

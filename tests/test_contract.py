@@ -16,7 +16,7 @@ from mfa_jax.attention.mla import MLA
 from mfa_jax.circuits import circuits
 from mfa_jax.config import VARIANTS, GQAConfig, MFAConfig, PositionConfig
 from mfa_jax.model.loss import cross_entropy
-from mfa_jax.model.transformer import Transformer, init_cache, unembedding, unstack_layers
+from mfa_jax.model.transformer import Transformer, init_cache, init_params, unembedding, unstack_layers
 from tests.contract import ATTENTION, ENCODINGS, B, L, T, V, compiled, model_config, tokens
 
 CAPACITY = 16
@@ -169,6 +169,22 @@ def test_each_gradient_is_finite_and_not_all_zero(variant: str, encoding: str, a
         assert np.all(np.isfinite(leaf)), name
         zero_by_design = "N_kr" in name and alpha == 0
         assert np.any(np.asarray(leaf) != 0) != zero_by_design, name
+
+
+def attention_params(seed: int = 0, **start: float) -> dict:
+    """Attention parameters of an MFA-KR model that starts so."""
+    config = model_config("mfa_kr", attention=dataclasses.replace(ATTENTION["mfa_kr"], **start))
+    return nn.unbox(init_params(Transformer(config), jax.random.key(seed)))["layers"]["attention"]
+
+
+def test_key_reuse_starts_as_its_config_says() -> None:
+    C = 16
+    given = attention_params(alpha_init=0.25, n_kr_init_scale=2.0)
+    assert np.all(given["alpha"] == 0.25) and np.std(given["N_kr"]) == pytest.approx(2 / C**0.5, rel=0.1)
+    spread = attention_params(alpha_init=3.0, alpha_init_scale=0.5)["alpha"]
+    assert 0.3 < np.std(spread) < 0.7 and np.mean(spread) == pytest.approx(3, abs=0.3)
+    shifted = attention_params(alpha_init=0.25, n_kr_init_scale=2.0, n_kr_init_diagonal=-1.0)
+    np.testing.assert_allclose(shifted["N_kr"], given["N_kr"] - np.eye(C), rtol=0, atol=1e-6)
 
 
 @variants

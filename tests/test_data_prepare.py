@@ -109,6 +109,27 @@ def test_nothing_held_out(tmp_path):
     assert prepared.meta.held_out_by == "nothing"
 
 
+def test_a_held_out_source_is_held_out_and_nothing_else(tmp_path):
+    config = config_of(tmp_path, ["one", "two", "three"], held_out=0.9)
+    other = tmp_path / "other.txt"
+    other.write_text("four\0five")
+    prepared = prepare(dataclasses.replace(config, held_out_source=str(other)), tmp_path / "data", BYTES)
+    assert texts_of(prepared, "train") == ["one", "two", "three"]
+    assert texts_of(prepared, "held_out") == ["four", "five"]
+    assert prepared.meta.held_out_by == "source of its own"
+    with pytest.raises(ValueError, match="was prepared with held_out_source="):
+        prepare(config, tmp_path / "data", BYTES)
+
+
+def test_a_document_of_both_sources_is_refused(tmp_path):
+    config = config_of(tmp_path, ["one", "two"])
+    other = tmp_path / "other.txt"
+    other.write_text("two")
+    with pytest.raises(ValueError, match="#1': is held out by held_out_source="):
+        prepare(dataclasses.replace(config, held_out_source=str(other)), tmp_path / "data", BYTES)
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize("texts, share, message", [
     (["x"], 0.5, "its only document has 1 characters; too few to hold out 0.5"),
     (["same", "same"], 0.01, "held_out=0.01: leaves no document for training .the source has 2"),

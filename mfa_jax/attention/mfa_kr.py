@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -23,12 +25,18 @@ def init_cache(config: MFAKRConfig, batch: int, capacity: int, dtype: Any) -> Ke
     return allocate(KeyCache, batch, (capacity, config.latent_dim), dtype=dtype)
 
 
+def around(center: Float[Array, "*shape"] | float, deviation: float) -> Callable[..., Array]:
+    """An initializer: normal with this standard deviation, around `center`."""
+    return lambda key, shape, dtype: (center + deviation * jax.random.normal(key, shape)).astype(dtype)
+
+
 class MFAKR(nn.Module):
     """MFA with `v = k + alpha * (N_kr k)`, `k = x S_k` before rope (`reuse="pre_rope"`) or after it (`"post_rope"`).
 
     Names are the paper's: `S_q`, `Q`, `S_k`, `O` as in MFA, `alpha [C]` and `N_kr [C, C]`. Alpha starts at
     `alpha_init` (zero: values start as the keys, and the gradient of `N_kr` is zero until alpha has moved); `N_kr`
-    starts normal with standard deviation `n_kr_init_scale / sqrt(C)`; the rest as in MFA.
+    starts normal with standard deviation `n_kr_init_scale / sqrt(C)`; the rest as in MFA. With both at zero neither
+    ever gets a gradient, and values stay the keys. Other starts: `alpha_init_scale`, `n_kr_init_diagonal`.
 
     With a cache no value is ever formed: attention averages the cached keys, `u = sum_j a_j k_j`, and since the value
     is a linear map of the key, `o = u + alpha * (N_kr u)`.
@@ -51,9 +59,10 @@ class MFAKR(nn.Module):
         D, N, C = x.shape[-1], c.num_heads, c.latent_dim
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         S_k = weight(self, "S_k", (D, C), ("embed", "latent"), fan_in=D, **types)
-        N_kr = weight(self, "N_kr", (C, C), ("latent", None), fan_in=C, scale=c.n_kr_init_scale, **types)
-        alpha = self.param("alpha", partitioned(nn.initializers.constant(c.alpha_init), ("latent",)), (C,),
-                           self.param_dtype).astype(self.dtype)
+        mapping = around(c.n_kr_init_diagonal * jnp.eye(C), c.n_kr_init_scale / C**0.5)
+        gate = around(c.alpha_init, c.alpha_init_scale)
+        N_kr = self.param("N_kr", partitioned(mapping, ("latent", None)), (C, C), self.param_dtype).astype(self.dtype)
+        alpha = self.param("alpha", partitioned(gate, ("latent",)), (C,), self.param_dtype).astype(self.dtype)
         O = weight(self, "O", (N, C, D), ("heads", "latent", "embed"), fan_in=N * C, scale=self.out_scale, **types)
 
         def values(key: Float[Array, "*B C"]) -> Float[Array, "*B C"]:

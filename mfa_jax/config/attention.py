@@ -173,13 +173,18 @@ class MFAKRConfig:
     """Which key the value reuses. pre_rope makes the value a fixed linear map of the token, whatever its position."""
     alpha_init: float = 0.0
     """Initial value of every element of alpha; 0 starts with values equal to keys."""
+    alpha_init_scale: float = 0.0
+    """Standard deviation of what is added to that, normal and for each element its own."""
     n_kr_init_scale: float = 1.0
     """N_kr starts normal with standard deviation this / sqrt(C)."""
+    n_kr_init_diagonal: float = 0.0
+    """What is added to the diagonal of N_kr at the start; -1 with alpha at 1 takes the key itself out of the value."""
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "latent_dim", "query_rank")
         require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
-        require(self.n_kr_init_scale >= 0, "n_kr_init_scale", self.n_kr_init_scale, "must not be negative")
+        for name in ("alpha_init_scale", "n_kr_init_scale"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
 
     @property
     def variant(self) -> str:

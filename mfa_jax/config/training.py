@@ -26,6 +26,8 @@ class DataConfig:
     """Rows of a step over all devices and accumulation steps."""
     held_out: float = 0.02
     """Share of the documents kept for evaluation, never seen in training; chosen by a hash of the document."""
+    held_out_source: str | None = None
+    """Where the documents kept for evaluation come from, in place of a share of `source`: as `source` is given."""
     text_field: str = "text"
     """Field of a JSONL or Hugging Face row that holds the document."""
     separate_documents: bool = True
@@ -37,7 +39,10 @@ class DataConfig:
         require_positive(self, "batch_size")
         require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "must be at least 2")
         require(0 <= self.held_out < 1, "held_out", self.held_out, "must be in [0, 1)")
-        require(bool(self.source), "source", self.source, "must be stdlib, a path, or hf:NAME")
+        for name in ("source", "held_out_source"):
+            require(getattr(self, name) != "", name, "", "must be stdlib, a path, or hf:NAME")
+        require(self.held_out_source is None or self.held_out > 0, "held_out", self.held_out,
+                f"holds nothing out, though held_out_source={self.held_out_source!r} is given")
 
 
 @dataclasses.dataclass(frozen=True)

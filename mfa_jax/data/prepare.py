@@ -5,7 +5,8 @@ killed run leaves behind. Several processes may prepare the same folder at once;
 
 A document is held out when the hash of its text, a number in [0, 1), is below `held_out`, so identical documents are
 always in one split. Where none is, in a small corpus, the one with the smallest hash is; a corpus that is one
-document gives its tail. `meta.json` says which (`held_out_by`).
+document gives its tail. With a `held_out_source` all of that one is held out and nothing else. `meta.json` says which
+(`held_out_by`).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def prepare(config: DataConfig, folder: str | Path, tokenizer: Tokenizer,
         named); or it cannot be written (disk full, read-only): what was there before is untouched.
     """
     folder = Path(folder)
-    settings = Settings(config.source, config.text_field, config.held_out, tokenizer.fingerprint)
+    settings = Settings(config.source, config.text_field, config.held_out, tokenizer.fingerprint,
+                        config.held_out_source)
     if _taken(folder):
         return _reuse(folder, settings)
     staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
@@ -161,7 +163,10 @@ class _Smallest:
 def _write_documents(writers: tuple[_SplitWriter, _SplitWriter], settings: Settings, tokenizer: Tokenizer,
                      progress: Progress) -> tuple[HeldOutBy, _Smallest]:
     train, held_out = writers
-    numbered, held_out_by = _numbered(documents(settings.source, settings.text_field), settings)
+    if settings.held_out_source is None:
+        numbered, held_out_by = _numbered(documents(settings.source, settings.text_field), settings)
+    else:
+        numbered, held_out_by = _two_sources(settings, settings.held_out_source), "source of its own"
     smallest = _Smallest()
     done, text_bytes, reported = 0, 0, 0
     for text, number in numbered:
@@ -188,6 +193,18 @@ def _numbered(found: Iterator[Document], settings: Settings) -> tuple[Iterator[t
         return iter([(first.text[:-tail], 1.0), (first.text[-tail:], 0.0)]), "tail of the only document"
     every = itertools.chain([first], [] if second is None else [second], found)
     return ((document.text, _hash(document.text)) for document in every), "hash" if settings.held_out else "nothing"
+
+
+def _two_sources(settings: Settings, held_out_source: str) -> Iterator[tuple[str, float]]:
+    """The texts of the held-out source with 0, then those of the source with 1; no text may be in both."""
+    seen = set()
+    for document in documents(held_out_source, settings.text_field):
+        seen.add(_hash(document.text))
+        yield document.text, 0.0
+    for document in documents(settings.source, settings.text_field):
+        require(_hash(document.text) not in seen, "source", document.name,
+                f"is held out by held_out_source={held_out_source!r}; a document may be in one of them only")
+        yield document.text, 1.0
 
 
 def _hash(text: str) -> float:

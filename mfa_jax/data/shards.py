@@ -22,7 +22,7 @@ META = "meta.json"
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
-HeldOutBy = Literal["hash", "smallest hash", "tail of the only document", "nothing"]
+HeldOutBy = Literal["hash", "smallest hash", "tail of the only document", "source of its own", "nothing"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Settings:
     text_field: str
     held_out: float
     fingerprint: str
+    held_out_source: str | None = None
     format: int = FORMAT
 
 

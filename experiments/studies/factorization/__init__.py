@@ -1,0 +1,108 @@
+"""The factorization (arXiv 2412.19255, section 3): C, N and Q at equal parameters, and at equal cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from experiments.studies import report
+from experiments.studies.records import Record
+from experiments.studies.study import Results, Run, Scale, Study, tuned
+from mfa_jax import capacity
+from mfa_jax.circuits import circuits
+from mfa_jax.config import ModelConfig, from_dict
+from mfa_jax.data import Prepared
+from mfa_jax.presets import match_feed_forward, matched, model_preset
+from mfa_jax.train.run import Trained
+
+WIDTHS = ((2, 2), (1, 1), (4, 4), (2, 1), (2, 4), (1, 2), (4, 2))
+"""C and Q over MHA's head width H; heads are solved for MHA's attention parameters. The paper's choice is first."""
+HEADS = (4, 16)
+"""Heads at the cache of the paper's choice, C = Q = 2H; the feed-forward pays for them or takes what they leave."""
+
+
+def plan(scale: Scale, results: Results) -> list[Run]:
+    """Every shape over the grid of learning rates, then more seeds at its best."""
+    return tuned(scale, models(scale), results)
+
+
+def models(scale: Scale) -> dict[str, ModelConfig]:
+    """All with as many parameters as the MHA model, by shape."""
+    reference = model_preset(f"{scale.preset}-mha")
+    paper: Any = model_preset(f"{scale.preset}-mfa").attention
+    H = paper.latent_dim // 2
+    found = [matched(reference, dataclasses.replace(paper, latent_dim=c * H, query_rank=q * H)) for c, q in WIDTHS]
+    found += [match_feed_forward(reference, dataclasses.replace(paper, num_heads=n)) for n in HEADS]
+    return {shape(model.attention): model for model in found}
+
+
+def shape(attention: Any) -> str:
+    return f"C{attention.latent_dim}-Q{attention.query_rank}-N{attention.num_heads}"
+
+
+def measure(scale: Scale, trained: Trained, test: Prepared) -> dict[str, Any]:
+    """Effective ranks of the trained circuits, mean over heads and layers; nominally both are at most FRH."""
+    ranks = [circuits(trained.params, layer).ranks() for layer in range(trained.config.model.num_layers)]
+    return {name: float(np.mean([found[name] for found in ranks])) for name in ("W_effective_rank", "U_effective_rank")}
+
+
+def section(found: Sequence[Record], folder: Path) -> str:
+    """Loss beside the paper's measures and measured ranks; what it follows; the frontier."""
+    chosen = {name: report.at_best_rate(runs) for name, runs in report.groups(found).items()}
+    rows, points = [], []
+    for name, runs in chosen.items():
+        if not runs:
+            rows.append([name, *[""] * 8, "diverged"])
+            continue
+        model = from_dict(ModelConfig, runs[0].config["model"])
+        nominal, metrics = capacity.analyse_model(model, context=1), runs[0].metrics
+        points.append((name, nominal.ter, nominal.slsd, metrics["cache_bytes_per_token"], report.values(runs)))
+        rows.append([name, str(model.ffn_dim), f"{metrics['parameters']:,}", f"{metrics['cache_bytes_per_token']:,.0f}",
+                     str(nominal.frh), str(nominal.slsd), str(nominal.ter),
+                     *(f"{np.mean(report.values(runs, m)):.1f}" for m in ("W_effective_rank", "U_effective_rank")),
+                     report.spread(report.values(runs))])
+    losses = report.table(["shape", "feed-forward", "parameters", "cached bytes a token", "FRH", "SLSD", "TER",
+                           "effective rank of W", "of U", "bits per byte on books-test"], rows)
+    return "\n\n".join([losses, _follows(points), report.rates_table(found), _picture(points, folder, found[0].scale)])
+
+
+_MEASURES = ("TER", "SLSD", "cached bytes a token")
+
+
+def _follows(points: Sequence[tuple[str, int, int, float, list[float]]]) -> str:
+    """Rank correlation of the mean loss with each measure, over shapes."""
+    losses = [np.mean(values) for *_, values in points]
+    cells = []
+    for i in range(2):
+        measure = [point[1 + i] for point in points]
+        if len(set(measure)) < 3:
+            cells.append("too few shapes")
+            continue
+        result = stats.spearmanr(measure, losses)
+        cells.append(f"{result.statistic:+.2f} (p {result.pvalue:.2f})")
+    return report.table(["Spearman's correlation of the loss, over shapes", *_MEASURES[:2]],
+                        [[f"{len(points)} shapes", *cells]])
+
+
+def _picture(points: Sequence[tuple[str, int, int, float, list[float]]], folder: Path, scale: str) -> str:
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    for i, axes in enumerate(figure.subplots(1, 3, sharey=True)):
+        for name, *measures, losses in points:
+            drawn = axes.plot([measures[i]] * len(losses), losses, ".", alpha=0.5)
+            axes.plot(measures[i], np.mean(losses), "o", color=drawn[0].get_color())
+            axes.annotate(name, (measures[i], float(np.mean(losses))), xytext=(5, 3), textcoords="offset points",
+                          fontsize=7)
+        axes.set(xlabel=_MEASURES[i], ylabel="" if i else "bits per byte on books-test")
+        axes.margins(x=0.2)
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"MFA at equal parameters ({scale}); dots are seeds")
+    return report.save(figure, folder / f"{scale}.png")
+
+
+STUDY = Study("factorization", "The factorization", plan, section, measure)

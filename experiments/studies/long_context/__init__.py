@@ -1,0 +1,144 @@
+"""Long context: loss by position in long books, a needle in them, associative recall, and state per byte of cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+from experiments.studies import report
+from experiments.studies.long_context import tasks
+from experiments.studies.measure import cache_bytes_per_token
+from experiments.studies.records import Record
+from experiments.studies.study import Results, Run, Scale, Study, tuned
+from mfa_jax.data import Prepared
+from mfa_jax.presets import model_preset
+from mfa_jax.train.run import Trained
+
+VARIANTS = ("mha", "mfa", "mfa-kr", "mla", "mqa", "gqa")
+LONGER = 4
+"""Windows of this study over those of the others, with as many bytes a step."""
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Where the needle lies: 0 at the begin, 1 right before the question."""
+PARTS = (0.5, 0.75, 1.0)
+"""Lengths of the haystack over the trained length."""
+PAIRS = (2, 4, 8, 16, 32)
+"""Pairs to be recalled; those that do not fit into the trained length are left out."""
+ROWS, SEED = 64, 7
+
+
+def plan(scale: Scale, results: Results) -> list[Run]:
+    """Every variant over the grid of learning rates, then more seeds at its best; trained on long windows."""
+    scale = dataclasses.replace(scale, sequence_length=LONGER * scale.sequence_length,
+                                batch_size=scale.batch_size // LONGER)
+    return tuned(scale, {name: model_preset(f"{scale.preset}-{name}") for name in VARIANTS}, results)
+
+
+def judge(trained: Trained) -> Callable[[tasks.Task], np.ndarray]:
+    """A function from a task to the bits of each of its targets, `[B, T]`, nan where it is not asked for."""
+    @jax.jit
+    def losses(params: Any, tokens: jax.Array) -> jax.Array:
+        logits = trained.model.apply({"params": params}, tokens[:, :-1])[0]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0] / math.log(2)
+
+    rows = trained.config.data.batch_size
+
+    def bits(task: tasks.Task) -> np.ndarray:
+        parts = [np.asarray(losses(trained.params, task.tokens[i:i + rows])) for i in range(0, len(task.tokens), rows)]
+        return np.where(task.asked, np.concatenate(parts), np.nan)
+
+    return bits
+
+
+def measure(scale: Scale, trained: Trained, test: Prepared) -> dict[str, Any]:
+    """Bits by position, of the needle by depth and length, and of recalled values by the number of pairs."""
+    length, books = trained.config.data.sequence_length, tasks.long_documents(test)
+    bits = judge(trained)
+    by_position = bits(tasks.windows(books, ROWS, length))
+    edges = [0, *(2**k for k in range(4, int(math.log2(length)) + 1))]
+
+    def needle(span: int, depth: float) -> float:
+        return float(np.nanmean(bits(tasks.needle(books, ROWS, span, depth, SEED))))
+
+    found: dict[str, Any] = {
+        "position_edges": edges,
+        "position_bits": [float(by_position[:, a:b].mean()) for a, b in zip(edges, edges[1:], strict=False)],
+        "needle_bits": [[needle(round(part * length), depth) for depth in DEPTHS] for part in PARTS],
+    }
+    told: list[float] = []
+    again: list[float] = []
+    for count in (count for count in PAIRS if 12 * count <= length):
+        for values, task in zip((told, again), tasks.pairs(ROWS, count, SEED), strict=True):
+            values.append(float(np.nanmean(bits(task))))
+    cached = cache_bytes_per_token(trained.config.model)
+    # Two value bytes a pair; the pairs take six tokens each of the cache before they are asked for.
+    held = [2 * count * (a - b) for count, a, b in zip(PAIRS, told, again, strict=False)]
+    per_byte = [bits_held / (6 * count * cached) for count, bits_held in zip(PAIRS, held, strict=False)]
+    return {**found, "told_bits": told, "again_bits": again, "held_bits": max(held),
+            "held_bits_per_cached_byte": max(per_byte)}
+
+
+def section(found: Sequence[Record], folder: Path) -> str:
+    """Bits by position, of the needle, and held, for each variant at its best rate."""
+    chosen = {name: report.at_best_rate(runs) for name, runs in report.groups(found).items()}
+    chosen = {name: runs for name, runs in chosen.items() if runs}
+    edges = next(iter(chosen.values()))[0].metrics["position_edges"]
+    header = ["bits per byte at positions", *(f"{a} to {b - 1}" for a, b in zip(edges, edges[1:], strict=False))]
+    positions = report.table(header, [[name, *cells(runs, "position_bits")] for name, runs in chosen.items()])
+    needles = report.table(
+        ["bits a digit of the needle (chance 3.32)", *(f"depth {depth:g}" for depth in DEPTHS)],
+        [[f"{name}, {part:g} of the length", *(f"{x:.2f}" for x in mean(runs, "needle_bits")[i])]
+         for name, runs in chosen.items() for i, part in enumerate(PARTS)])
+    count = len(next(iter(chosen.values()))[0].metrics["told_bits"])
+    recall = report.table(
+        ["bits a value byte, told and told again", *(f"{pairs} pairs" for pairs in PAIRS[:count]), "held, bits",
+         "held, bits per cached byte"],
+        [[name, *(f"{a:.2f}, {b:.2f}" for a, b in zip(mean(runs, "told_bits"), mean(runs, "again_bits"), strict=True)),
+          report.spread(report.values(runs, "held_bits"), 2),
+          report.spread(report.values(runs, "held_bits_per_cached_byte"), 5)] for name, runs in chosen.items()])
+    picture = _picture(chosen, folder, found[0].scale)
+    return "\n\n".join([positions, needles, recall, report.rates_table(found), picture])
+
+
+def mean(runs: Sequence[Record], metric: str) -> np.ndarray:
+    """Of a metric that is an array, over seeds."""
+    return np.mean([run.metrics[metric] for run in runs], axis=0)
+
+
+def cells(runs: Sequence[Record], metric: str) -> list[str]:
+    return [f"{value:.3f}" for value in mean(runs, metric)]
+
+
+def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for name, runs in chosen.items():
+        metrics = runs[0].metrics
+        left.plot(metrics["position_edges"][1:], mean(runs, "position_bits"), "o-", markersize=4, label=name)
+        middle.plot(DEPTHS, mean(runs, "needle_bits")[-1], "o-", markersize=4, label=name)
+        gained = mean(runs, "told_bits") - mean(runs, "again_bits")
+        right.plot(PAIRS[:len(gained)], gained, "o-", markersize=4, label=name)
+    left.set(xlabel="position in the window, up to", ylabel="bits per byte", title="long books")
+    middle.axhline(math.log2(10), color="grey", linestyle=":", label="chance")
+    middle.set(xlabel="depth of the needle", ylabel="bits a digit", title="needle, at the trained length")
+    right.set(xscale="log", xlabel="pairs", ylabel="bits a value byte gained", title="told again")
+    right.set_xticks(PAIRS, [str(count) for count in PAIRS])
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    for axes in (left, middle, right):
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.suptitle(f"Long windows ({scale}), mean over seeds")
+    return report.save(figure, folder / f"{scale}.png")
+
+
+STUDY = Study("long_context", "Long context", plan, section, measure)

@@ -1,0 +1,87 @@
+"""Position encodings across variants: the loss at the trained length, and beyond it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.studies import report
+from experiments.studies.measure import bits_per_byte
+from experiments.studies.records import Record
+from experiments.studies.study import Results, Run, Scale, Study, tuned
+from mfa_jax.config import ModelConfig, PositionConfig
+from mfa_jax.data import Prepared
+from mfa_jax.presets import model_preset
+from mfa_jax.train.run import Trained
+
+VARIANTS = ("mfa", "mfa-kr", "mha", "mla")
+KINDS: tuple[Literal["rope", "alibi", "none"], ...] = ("rope", "alibi", "none")
+LENGTHS = (1, 2, 4, 8)
+"""Windows of the test books, in trained lengths."""
+
+
+def plan(scale: Scale, results: Results) -> list[Run]:
+    """Every variant with every encoding over the grid of learning rates, then more seeds at its best."""
+    return tuned(scale, models(scale), results)
+
+
+def models(scale: Scale) -> dict[str, ModelConfig]:
+    """By variant and encoding; MFA-KR with rope also reuses the key as rope has turned it."""
+    found = {f"{variant} {kind}": dataclasses.replace(
+        model_preset(f"{scale.preset}-{variant}"), position=PositionConfig(kind=kind))
+        for kind in KINDS for variant in VARIANTS}
+    turned: Any = found["mfa-kr rope"]
+    found["mfa-kr rope, key reused after it"] = dataclasses.replace(
+        turned, attention=dataclasses.replace(turned.attention, reuse="post_rope"))
+    return found
+
+
+def measure(scale: Scale, trained: Trained, test: Prepared) -> dict[str, Any]:
+    """Loss in windows of several lengths, as many bytes of the test books for each."""
+    found = {}
+    for factor in LENGTHS:
+        data = dataclasses.replace(trained.config.data, sequence_length=factor * scale.sequence_length,
+                                   batch_size=scale.batch_size // factor)
+        found[name_of(factor)] = bits_per_byte(trained, test, data, scale.test_batches)
+    return found
+
+
+def name_of(factor: int) -> str:
+    return f"bits_per_byte_at_{factor}x"
+
+
+def section(found: Sequence[Record], folder: Path) -> str:
+    """Loss by length of the window, each against rope of the same variant at the trained length."""
+    chosen = {name: report.at_best_rate(runs) for name, runs in report.groups(found).items()}
+    rows = []
+    for name, runs in chosen.items():
+        rope = chosen.get(f"{name.split()[0]} rope", [])
+        against = report.compared(report.values(runs), report.values(rope)) if runs is not rope else ["", ""]
+        rows.append([name, *(report.spread(report.values(runs, name_of(factor))) for factor in LENGTHS), *against])
+    table = report.table(["variant and encoding", *(f"bits per byte, {factor}x" for factor in LENGTHS),
+                          "against rope at 1x, 95 % interval", "loss against rope"], rows)
+    return "\n\n".join([table, report.rates_table(found), _picture(chosen, folder, found[0].scale)])
+
+
+def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for kind, axes in zip(KINDS, figure.subplots(1, len(KINDS), sharey=True), strict=True):
+        for name, runs in chosen.items():
+            if name.split()[1].rstrip(",") == kind and runs:
+                means = [float(np.mean(report.values(runs, name_of(factor)))) for factor in LENGTHS]
+                axes.plot(LENGTHS, means, "o-", label=name)
+        axes.set(xscale="log", xlabel="length of the window, in trained lengths", title=kind)
+        axes.set_xticks(LENGTHS, [f"{factor}x" for factor in LENGTHS])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.axes[0].set_ylabel(f"bits per byte on books-test ({scale})")
+    return report.save(figure, folder / f"{scale}.png")
+
+
+STUDY = Study("positions", "Positions", plan, section, measure)

@@ -1,0 +1,163 @@
+"""The generated part of a study's README: tables and pictures, from `metrics.jsonl` alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from scipy import stats
+
+matplotlib.use("Agg")
+
+from matplotlib.figure import Figure
+
+from experiments.studies import records
+from experiments.studies.records import Record
+from experiments.studies.study import SCALES, Scale, Study, best, results_of
+from mfa_jax.config import require
+
+README = "README.md"
+BEGIN, END = "<!-- results: written by `report`, not by hand -->", "<!-- end of results -->"
+_EVIDENCE = {
+    "tiny": "**No evidence of quality**: models of 0.1 M parameters after a minute of text. It shows that the study "
+            "runs from end to end.",
+    "nano": "Models of 1 M parameters, trained on 13 bytes a parameter: a hint, and nothing of what large models do.",
+    "small": "Models of 30 M parameters, far from trained to the end.",
+}
+
+
+def write(study: Study, folder: Path, page: Path) -> Path:
+    """Rewrites what stands between the marks of the README in `folder`, and the pictures beside it.
+
+    Args:
+      page: a folder whose README is taken where `folder` has none.
+
+    Raises:
+      ValueError: no metrics; says which command makes them.
+    """
+    found = records.read(folder)
+    require(bool(found), "metrics", str(folder / records.METRICS),
+            f"holds no finished run; `python -m experiments.studies {study.name} run --scale tiny` makes some")
+    sections = [_section(study, scale, [r for r in found if r.scale == scale.name], folder)
+                for scale in SCALES.values() if any(r.scale == scale.name for r in found)]
+    readme = folder / README
+    text = (readme if readme.exists() else page / README).read_text()
+    require(text.count(BEGIN) == text.count(END) == 1, "README", str(readme), f"must hold {BEGIN!r} and {END!r} once")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    readme.write_text(before + "\n\n".join([BEGIN, *sections, END]) + after)
+    return readme
+
+
+def _section(study: Study, scale: Scale, found: Sequence[Record], folder: Path) -> str:
+    results = results_of(found)
+    plan = study.plan(scale, results)
+    done = [record for record in map(results, plan) if record is not None]
+    diverged = [record.run for record in done if record.outcome == "diverged"]
+    others = len({record.run for record in found}) - len(done)
+    notes = [_EVIDENCE[scale.name]]
+    if len(done) < len(plan):
+        notes.append(f"**{len(plan) - len(done)} of {len(plan)} planned runs are missing**; `python -m "
+                     f"experiments.studies {study.name} run --scale {scale.name}` goes on.")
+    if diverged:
+        notes.append(f"Diverged: {', '.join(diverged)}.")
+    if others:
+        notes.append(f"Left out: {others} runs of other settings than the study has now.")
+    body = study.section(done, folder) if done else ""
+    return "\n\n".join([f"### {scale.name}", " ".join(notes), _how(study, scale, done), body]).strip()
+
+
+def _how(study: Study, scale: Scale, done: Sequence[Record]) -> str:
+    def every(name: str) -> str:
+        return ", ".join(sorted({str(record.machine[name]) for record in done}))
+
+    hours = sum(record.machine["seconds"] for record in done) / 3600
+    return (f"Command: `python -m experiments.studies {study.name} run --scale {scale.name}`. "
+            f"{len(done)} runs of {scale.batch_size} x {scale.sequence_length} bytes a step from {scale.train}; commit "
+            f"{every('commit')}; {every('device')}, jax {every('jax')}; {every('date')}; {hours:.2f} hours of runs, "
+            f"summed over processes.")
+
+
+# ---- what studies make their sections of -----------------------------------------------------------------------
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def groups(found: Sequence[Record], label: str = "name") -> dict[Any, list[Record]]:
+    """Records by a label, in the order in which the labels come first."""
+    by: dict[Any, list[Record]] = {}
+    for record in found:
+        by.setdefault(record.labels[label], []).append(record)
+    return by
+
+
+def at_best_rate(found: Sequence[Record]) -> list[Record]:
+    """Of one model's records those at its best learning rate, all seeds; the rate is chosen on the validation books."""
+    first = found[0].labels["seed"]
+    rate = best([record for record in found if record.labels["seed"] == first]).labels["learning_rate"]
+    return [r for r in found if r.labels["learning_rate"] == rate and r.outcome == "finished"]
+
+
+def values(found: Sequence[Record], metric: str = "test_bits_per_byte") -> list[float]:
+    """A metric of each finished record."""
+    return [record.metrics[metric] for record in found if record.outcome == "finished"]
+
+
+def spread(numbers: Sequence[float], digits: int = 4) -> str:
+    """`mean ± standard deviation (n)`; `none` where no run has finished."""
+    if not numbers:
+        return "none"
+    if len(numbers) == 1:
+        return f"{numbers[0]:.{digits}f} (1)"
+    return f"{np.mean(numbers):.{digits}f} ± {np.std(numbers, ddof=1):.{digits}f} ({len(numbers)})"
+
+
+def difference(left: Sequence[float], right: Sequence[float]) -> tuple[float, float]:
+    """`mean(left) - mean(right)` and the half width of its 95 % interval (Welch); infinite below two values a side."""
+    mean = float(np.mean(left) - np.mean(right))
+    if min(len(left), len(right)) < 2:
+        return mean, math.inf
+    parts = [np.var(side, ddof=1) / len(side) for side in (left, right)]
+    if not sum(parts):
+        return mean, 0.0
+    freedom = sum(parts) ** 2 / sum(p**2 / (len(s) - 1) for p, s in zip(parts, (left, right), strict=True))
+    return mean, float(stats.t.ppf(0.975, freedom) * math.sqrt(sum(parts)))
+
+
+def compared(left: Sequence[float], right: Sequence[float]) -> list[str]:
+    """Two cells: the difference with its interval, and whether it tells the two apart; `none` without finished runs."""
+    if not left or not right:
+        return ["", "none"]
+    mean, half = difference(left, right)
+    if math.isinf(half):
+        return [f"{mean:+.4f}", "too few seeds"]
+    return [f"{mean:+.4f} ± {half:.4f}", "not told apart" if abs(mean) <= half else "lower" if mean < 0 else "higher"]
+
+
+def rates_table(found: Sequence[Record]) -> str:
+    """Bits per byte on the validation books for each model and learning rate of the grid; the chosen one is bold."""
+    rates = sorted({record.labels["learning_rate"] for record in found})
+    rows = []
+    for name, runs in groups(found).items():
+        grid = [record for record in runs if record.labels["seed"] == found[0].labels["seed"]]
+        by_rate = {record.labels["learning_rate"]: record for record in grid}
+        chosen = best(grid).labels["learning_rate"]
+        cells = ["" if rate not in by_rate else f"{by_rate[rate].metrics['valid_bits_per_byte']:.4f}"
+                 if by_rate[rate].outcome == "finished" else "diverged" for rate in rates]
+        edge = len(rates) > 1 and chosen in (rates[0], rates[-1])
+        rows.append([name, *(f"**{c}**" if rate == chosen else c for rate, c in zip(rates, cells, strict=True)),
+                     "edge of the grid" if edge else ""])
+    return table(["validation", *(f"{rate:g}" for rate in rates), "best"], rows)
+
+
+def save(figure: Figure, path: Path) -> str:
+    """Writes a picture and gives its Markdown."""
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    return f"![{path.stem}]({path.name})"

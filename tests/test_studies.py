@@ -1,0 +1,402 @@
+"""Studies: what is planned and when it is done, metrics that survive a crash, reports, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from scipy import stats
+
+from experiments import cli
+from experiments.studies import __main__ as script
+from experiments.studies import corpus, key_reuse_start, positions, records, report, runner
+from experiments.studies.catalog import STUDIES
+from experiments.studies.long_context import tasks
+from experiments.studies.records import Record
+from experiments.studies.study import SCALES, Run, Scale, identity, make_run, results_of, tuned
+from mfa_jax import capacity
+from mfa_jax.attention.mfa_kr import MFAKR
+from mfa_jax.config import PositionConfig
+from mfa_jax.presets import model_preset
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = SCALES["tiny"]
+# The first study stands for all in the inner loop.
+each_study = pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name == "cache_quality" else pytest.mark.slow) for name in STUDIES])
+
+
+def record_of(run: Run, loss: float, scale: Scale = TINY, **more) -> Record:
+    """As the runner would have made it; the losses are invented."""
+    metrics = {"valid_bits_per_byte": loss, "test_bits_per_byte": loss + 0.01, "parameters": 1000,
+               "cache_bytes_per_token": capacity.analyse_model(run.config.model, context=1).cache_bytes_per_token,
+               "W_effective_rank": 3.0, "U_effective_rank": 4.0,
+               "position_edges": [0, 16, 32], "position_bits": [3.0, 2.0], "needle_bits": np.ones((3, 5)).tolist(),
+               "told_bits": [5.0, 5.0], "again_bits": [4.0, 4.5], "held_bits": loss, "held_bits_per_cached_byte": loss,
+               **{positions.name_of(factor): loss + factor / 10 for factor in positions.LENGTHS}}
+    return Record(**{"scale": scale.name, "run": run.name, "labels": run.labels, "config": identity(run.config),
+                     "outcome": "finished", "note": "", "metrics": metrics,
+                     "curve": {"step": [1, 2], "loss": [3.0, loss], "grad_norm": [1.0, 2.0]},
+                     "machine": {"device": "a device", "host": "x", "jax": "1", "commit": "abc", "date": "2026-01-01",
+                                 "seconds": 36.0}} | more)
+
+
+def invented_loss(run: Run) -> float:
+    """A loss that differs between runs and falls towards the middle of the grid."""
+    rate, seed = run.labels["learning_rate"], run.labels["seed"]
+    return 3 + abs(math.log2(rate / 8e-3)) / 10 + seed / 1000 + len(run.labels["name"]) / 100
+
+
+def all_done(name: str, scale: Scale = TINY) -> list[Record]:
+    """Records of a whole study, planned anew until nothing is missing."""
+    found: list[Record] = []
+    while True:
+        results = results_of(found)
+        missing = [run for run in STUDIES[name].plan(scale, results) if results(run) is None]
+        if not missing:
+            return found
+        found += [record_of(run, invented_loss(run), scale) for run in missing]
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_a_plan_compares_equals(name, scale):
+    runs = STUDIES[name].plan(scale, lambda run: None)
+    assert len({run.name for run in runs}) == len(runs)
+    by_size: dict[object, list[int]] = {}
+    for run in runs:
+        by_size.setdefault(run.labels.get("size"), []).append(
+            capacity.model_parameters(run.config.model).total)
+        assert run.config.optimizer.learning_rate == run.labels["learning_rate"]
+        assert run.config.seed == run.config.data.seed == run.labels["seed"]
+    for sizes in by_size.values():
+        assert max(sizes) / min(sizes) < 1.03
+    assert len({(run.config.steps, run.config.data.batch_size, run.labels.get("size")) for run in runs}) == len(by_size)
+
+
+@pytest.mark.slow
+def test_the_starts_of_key_reuse_are_what_their_names_say():
+    def start(name: str) -> tuple[np.ndarray, float]:
+        """The map from key to value, and the size of the gradients that alpha and N_kr get."""
+        module = MFAKR(key_reuse_start.models(TINY)[name].attention, PositionConfig(kind="none"))
+        x = jax.random.normal(jax.random.key(1), (1, 4, 16))
+        params = nn.unbox(module.init(jax.random.key(0), x, jnp.arange(4)[None]))["params"]
+        grads = jax.grad(lambda p: jnp.sum(module.apply({"params": p}, x, jnp.arange(4)[None])[0] ** 2))(params)
+        size = sum(float(jnp.sum(jnp.abs(grads[leaf]))) for leaf in ("alpha", "N_kr"))
+        return np.asarray(jnp.eye(len(params["alpha"])) + params["alpha"][:, None] * params["N_kr"]), size
+
+    for name in ("zero", "V = K", "zero, N_kr x 3"):
+        np.testing.assert_array_equal(start(name)[0], np.eye(16))
+    assert start("V = K")[1] == 0 < start("zero")[1]
+    assert abs(np.trace(start("free")[0])) < 4 and np.trace(start("one")[0]) > 8
+
+
+def test_seeds_follow_at_the_best_rate_when_the_whole_grid_is_done():
+    models = {"a": model_preset("tiny-mfa"), "b": model_preset("tiny-mha")}
+    scale = dataclasses.replace(TINY, learning_rates=(4e-3, 8e-3, 1.6e-2), seeds=(0, 1, 2))
+    grid = tuned(scale, models, lambda run: None)
+    assert len(grid) == 6 and {run.labels["seed"] for run in grid} == {0}
+    done = [record_of(run, loss) for run, loss in zip(grid[:3], (2.0, 1.0, 3.0), strict=True)]
+    assert len(tuned(scale, models, results_of(done[:2]))) == 6
+    more = tuned(scale, models, results_of(done))[6:]
+    assert [(r.labels["name"], r.labels["learning_rate"], r.labels["seed"]) for r in more] == [
+        ("a", 8e-3, 1), ("a", 8e-3, 2)]
+    worst = dataclasses.replace(done[1], outcome="diverged", metrics={})
+    more = tuned(scale, models, results_of([done[0], worst, done[2]]))[6:]
+    assert {run.labels["learning_rate"] for run in more} == {4e-3}
+
+
+def test_a_run_is_done_only_with_the_same_config():
+    run = make_run(TINY, "a", model_preset("tiny-mfa"), 1e-3, 0)
+    record = record_of(run, 1.0)
+    assert results_of([record])(run) is record
+    longer = dataclasses.replace(run, config=dataclasses.replace(run.config, steps=run.config.steps + 1))
+    assert results_of([record])(longer) is None
+    elsewhere = dataclasses.replace(run.config.data, source="x", prepared="y", held_out_source="z")
+    moved = dataclasses.replace(run, config=dataclasses.replace(run.config, workdir="w", data=elsewhere))
+    assert results_of([record])(moved) is record
+
+
+def test_tasks_of_long_windows_ask_what_they_say(tmp_path):
+    books = [np.frombuffer((f"book {i} " * 40_000).encode(), np.uint8).astype(np.uint16) for i in range(2)]
+    task = tasks.needle(books, rows=4, length=200, depth=0.5, seed=1)
+    assert task.tokens.shape == (4, 201) and task.asked.sum(axis=1).tolist() == [5] * 4
+    for tokens, asked in zip(task.tokens, task.asked, strict=True):
+        text = bytes(tokens.tolist()).decode()
+        (name, number), (again, answer) = re.findall(r"The secret number of (\w+) is (\d{5})", text)
+        assert (name, number) == (again, answer) and text.endswith(answer) and "book" in text
+        assert bytes(tokens[1:][asked].tolist()).decode() == answer
+        assert 40 < text.index("The secret") < 100
+    with pytest.raises(ValueError, match="length=50"):
+        tasks.needle(books, 1, 50, 0.5, 1)
+    first, second = tasks.pairs(rows=3, count=4, seed=1)
+    for row in range(3):
+        told = re.findall(r"(\w\w)=(\w\w);", bytes(first.tokens[row].tolist()).decode())
+        assert len(dict(told)) == 4 and sorted(told[:4]) == sorted(told[4:])
+        for task, part in ((first, told[:4]), (second, told[4:])):
+            assert bytes(task.tokens[row, 1:][task.asked[row]].tolist()).decode() == "".join(v for _, v in part)
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------
+
+
+def test_half_written_lines_are_skipped_and_counted(tmp_path, caplog):
+    run = make_run(TINY, "a", model_preset("tiny-mfa"), 1e-3, 0)
+    first, second = record_of(run, 1.0), record_of(run, 2.0)
+    records.append(tmp_path, first)
+    path = tmp_path / records.METRICS
+    whole = path.read_text()
+    path.write_text(whole + whole[:100])  # killed while it wrote
+    with caplog.at_level(logging.WARNING):
+        assert records.read(tmp_path) == [first]
+    assert "1 half-written or damaged lines are skipped" in caplog.text
+    records.append(tmp_path, second)
+    assert records.read(tmp_path) == [first, second]
+    assert path.read_text().startswith(whole + whole[:100] + "\n")
+
+
+def test_two_cannot_hold_a_lock_and_it_ends_with_its_process(tmp_path):
+    path = tmp_path / "lock"
+    holder = subprocess.Popen([sys.executable, "-c", f"""
+import fcntl, sys, time
+file = open({str(path)!r}, "ab"); fcntl.flock(file, fcntl.LOCK_EX); print("held", flush=True); time.sleep(100)
+"""], stdout=subprocess.PIPE, text=True)
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        with records.lock(path, wait=False) as ours:
+            assert not ours
+        holder.kill()
+        holder.wait()
+    with records.lock(path, wait=False) as ours:
+        assert ours
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------
+
+
+def test_difference_is_welchs():
+    left, right = [1.0, 1.2, 1.1], [1.5, 1.4, 1.9, 1.6]
+    mean, half = report.difference(left, right)
+    interval = stats.ttest_ind(left, right, equal_var=False).confidence_interval(0.95)
+    assert mean - half == pytest.approx(interval.low) and mean + half == pytest.approx(interval.high)
+    assert report.compared(left, right)[1] == "lower" and report.compared(right, left)[1] == "higher"
+    assert report.compared([1.0, 1.2], [1.1, 1.3])[1] == "not told apart"
+    assert report.compared([1.0], [1.1, 1.2]) == ["-0.1500", "too few seeds"]
+    assert report.compared([], [1.1])[1] == "none"
+
+
+@each_study
+def test_a_report_is_made_of_metrics_alone_and_stays_the_same(name, tmp_path):
+    for record in all_done(name):
+        records.append(tmp_path, record)
+    page = report.write(STUDIES[name], tmp_path, ROOT / "experiments" / "studies" / name)
+    text, pictures = page.read_text(), {path: path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert "### tiny" in text and "No evidence of quality" in text and "abc" in text and "missing" not in text
+    assert pictures and set(re.findall(r"!\[.*?\]\((.*?)\)", text.split(report.BEGIN)[1])) == {p.name for p in pictures}
+    report.write(STUDIES[name], tmp_path, ROOT)
+    assert page.read_text() == text and {p: p.read_bytes() for p in pictures} == pictures
+
+
+@each_study
+def test_a_report_tells_what_is_missing_diverged_or_of_other_settings(name, tmp_path):
+    found = all_done(name)
+    found[0] = dataclasses.replace(found[0], outcome="diverged", metrics={}, note="step 3: x is not finite")
+    other = dataclasses.replace(found[-1], config={**found[-1].config, "steps": 7})
+    for record in [*found[:-1], other]:
+        records.append(tmp_path, record)
+    text = report.write(STUDIES[name], tmp_path, ROOT / "experiments" / "studies" / name).read_text()
+    assert re.search(r"\*\*\d+ of \d+ planned runs are missing", text)
+    assert f"Diverged: {found[0].run}" in text and re.search(r"Left out: \d+ runs of other settings", text)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_what_is_committed_is_what_report_makes(name, tmp_path):
+    folder = ROOT / "experiments" / "studies" / name
+    assert "**Expected" in (folder / report.README).read_text()
+    if (folder / records.METRICS).exists():
+        (tmp_path / records.METRICS).write_bytes((folder / records.METRICS).read_bytes())
+        assert report.write(STUDIES[name], tmp_path, folder).read_text() == (folder / report.README).read_text()
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("nothing", "run"), "study='nothing': must be one of cache_quality"),
+    (("cache_quality", "walk"), "action='walk': must be one of run, report"),
+    (("cache_quality",), "action='': must be one of run, report"),
+    (("cache_quality", "run", "--scale", "huge"), "scale='huge': must be one of tiny, nano, small"),
+    (("cache_quality", "run", "--workers", "0"), "workers=0"),
+    (("cache_quality", "report", "--results", "nowhere"),
+     "`python -m experiments.studies cache_quality run --scale tiny` makes some"),
+])
+def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["studies", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(script.main)
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and message in errors and len(errors.splitlines()) == 1
+
+
+def test_a_missing_corpus_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv(corpus.VARIABLE, str(tmp_path))
+    with pytest.raises(ValueError, match=f"looked for {tmp_path}/text/books-train-xs.txt.bz2.*MFA_JAX_DATA="):
+        corpus.prepared("books-train-xs", tmp_path / "work")
+
+
+def own_corpus(folder: Path, monkeypatch: pytest.MonkeyPatch, *, leak: bool = False) -> None:
+    """Three small texts in place of the books."""
+    books = {name: [f"{name} {i} " + "the quick brown fox " * 200 for i in range(4)]
+             for name in ("books-train-xs", corpus.VALID, corpus.TEST)}
+    if leak:
+        books["books-train-xs"].append(books[corpus.TEST][0])
+    (folder / "text").mkdir()
+    for name, texts in books.items():
+        (folder / "text" / f"{name}.txt").write_text("\0".join(texts))
+    monkeypatch.setenv(corpus.VARIABLE, str(folder))
+
+
+def test_a_test_book_in_the_training_text_is_refused(tmp_path, monkeypatch):
+    own_corpus(tmp_path, monkeypatch, leak=True)
+    with pytest.raises(ValueError, match="shares 1 books"):
+        corpus.prepared("books-train-xs", tmp_path / "work")
+
+
+def test_training_and_test_text_are_apart(tmp_path, monkeypatch):
+    own_corpus(tmp_path, monkeypatch)
+    found = corpus.prepared("books-train-xs", tmp_path / "work")
+    assert found.data.source.endswith("books-train-xs.txt") and found.data.held_out_source.endswith("books-valid.txt")
+    tokens = bytes(token for token in found.test.tokens("held_out").tolist() if token < 256)
+    assert tokens.startswith(b"books-test 0") and b"train" not in tokens and b"valid" not in tokens
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------
+
+
+SHORT = dataclasses.replace(TINY, steps=6, learning_rates=(8e-3,), seeds=(0, 1), batch_size=4, valid_batches=1,
+                            test_batches=2)
+LONGER = dataclasses.replace(SHORT, steps=400, seeds=(0,))
+
+
+def two_models(scale: Scale, results) -> list[Run]:
+    return tuned(scale, {name: model_preset(f"tiny-{name}") for name in ("mha", "mfa-kr")}, results)
+
+
+SHORT_STUDY = dataclasses.replace(STUDIES["cache_quality"], plan=two_models)
+
+
+@pytest.mark.slow
+def test_a_study_runs_to_its_end_once_with_real_models_and_caches(tmp_path, monkeypatch, capsys):
+    own_corpus(tmp_path, monkeypatch)
+    folders = runner.Folders(tmp_path / "results", tmp_path / "work")
+    model = {"mfa-kr": model_preset("tiny-mfa-kr")}
+    study = dataclasses.replace(SHORT_STUDY, plan=lambda scale, results: tuned(scale, model, results))
+    runner.work_through(study, SHORT, folders)
+    found = records.read(folders.results)
+    assert [record.run for record in found] == ["mfa-kr-lr0.008-seed0", "mfa-kr-lr0.008-seed1"]
+    for record, run in zip(found, study.plan(SHORT, results_of(found)), strict=True):
+        assert 0 < record.metrics["test_bits_per_byte"] < 9 and record.curve["step"] == [1, 2, 3, 4, 5, 6]
+        closed = capacity.analyse_model(run.config.model, context=1, cache_dtype="bfloat16").cache_bytes_per_token
+        # The counters of a cache are bytes, too.
+        assert closed <= record.metrics["cache_bytes_per_token"] < closed + 1
+    assert not [path for path in (tmp_path / "work" / "cache_quality" / "tiny").iterdir() if path.is_dir()]
+    assert capsys.readouterr().err.splitlines()[-1].startswith("2/2 tiny mfa-kr-lr0.008-seed1: finished")
+    runner.work_through(study, SHORT, folders)
+    assert records.read(folders.results) == found
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    own_corpus(tmp_path, monkeypatch)
+    program = f"""
+import dataclasses
+from pathlib import Path
+import test_studies as t
+t.runner.work_through(t.SHORT_STUDY, t.LONGER, t.runner.Folders(Path({str(tmp_path / "results")!r}),
+                                                                Path({str(tmp_path / "work")!r})))
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment)
+    while process.poll() is None and not list((tmp_path / "work").glob("*/tiny/*/checkpoints/100")):
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    assert records.read(tmp_path / "results") == []
+    (folder,) = (path for path in (tmp_path / "work").glob("*/tiny/*") if path.is_dir())
+    before = [json.loads(line) for line in (folder / records.METRICS).read_text().splitlines()]
+    folders = runner.Folders(tmp_path / "results", tmp_path / "work", keep=True)
+    one = dataclasses.replace(SHORT_STUDY, plan=lambda scale, results: two_models(scale, results)[:1])
+    runner.work_through(one, LONGER, folders)
+    (record,) = records.read(folders.results)
+    # Lines up to the checkpoint stay; started anew, the run would have written all of them again.
+    assert record.curve["step"] == list(range(10, 401, 10))
+    kept = record.curve["loss"][:10]
+    assert kept == [pytest.approx(line["loss"], rel=1e-4) for line in before[:10]]
+    dropped = folder / "metrics.dropped.jsonl"
+    assert not dropped.exists() or json.loads(dropped.read_text().splitlines()[0])["step"] > 100
+
+
+@pytest.mark.slow
+def test_workers_share_the_runs_and_stop_when_told(tmp_path, monkeypatch):
+    own_corpus(tmp_path, monkeypatch)
+    results = tmp_path / "results" / "cache_quality"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.studies", "cache_quality", "run", "--scale", "tiny", "--workers", "2",
+         "--results", str(tmp_path / "results"), "--workdir", str(tmp_path / "work")],
+        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(records.read(results)) < 2:
+        time.sleep(0.1)
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    done = [record.run for record in records.read(results)]
+    assert len(done) == len(set(done)) >= 2
+    for path in (tmp_path / "work" / "cache_quality" / "tiny").glob("*.lock"):
+        with records.lock(path, wait=False) as ours:
+            assert ours, "a worker is left"
+
+
+def test_a_run_that_diverges_is_a_result(tmp_path, monkeypatch):
+    own_corpus(tmp_path, monkeypatch)
+
+    def explode(config, **options):
+        raise runner.NonFiniteError("step 3: gradient of embed is not finite; the run stops")
+
+    monkeypatch.setattr(runner, "train", explode)
+    folders = runner.Folders(tmp_path / "results", tmp_path / "work", keep=True)
+    runner.work_through(SHORT_STUDY, SHORT, folders)
+    (first, second) = records.read(folders.results)
+    assert (first.outcome, first.note, first.metrics) == ("diverged", "step 3: gradient of embed is not finite", {})
+    assert second.outcome == "diverged"
+
+
+def test_a_run_that_does_not_fit_leaves_the_others_to_be_done(tmp_path, monkeypatch):
+    own_corpus(tmp_path, monkeypatch)
+
+    def execute(study, scale, text, run, folder):
+        if run.labels["name"] == "mha":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+        return record_of(run, 1.0)
+
+    monkeypatch.setattr(runner, "execute", execute)
+    folders = runner.Folders(tmp_path / "results", tmp_path / "work", keep=True)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        runner.work_through(SHORT_STUDY, SHORT, folders)
+    assert [record.run for record in records.read(folders.results)] == ["mfa-kr-lr0.008-seed0", "mfa-kr-lr0.008-seed1"]
