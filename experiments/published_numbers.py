@@ -1,4 +1,6 @@
-"""What both papers print of their models' attention, beside our closed forms: `python -m experiments.published_numbers`.
+"""What both papers print of their models' attention, beside our closed forms.
+
+    python -m experiments.published_numbers
 
 Ends with exit code 2 where a printed digit does not come out. The tests hold every row.
 """

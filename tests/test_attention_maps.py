@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from contract import ATTENTION, ENCODINGS, T, compiled, model_config, tokens
+
 from mfa_jax.attention.core import attend
 from mfa_jax.attention_maps import attention_maps
 from mfa_jax.config import PositionConfig, RopeScaling
