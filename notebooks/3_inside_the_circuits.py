@@ -120,11 +120,11 @@ plot_matrices(len(layers) // 2, heads=range(4))
 
 
 # %%
-def plot_spectra():
+def plot_spectra(layers):
     figure, panels = plt.subplots(2, len(layers), figsize=(2.3 * len(layers) + 1, 5), layout="constrained", sharex=True,
                                   sharey=True, squeeze=False)
-    for layer in layers:
-        for axes, kind, spectrum, start in zip(panels[:, layer], "WU", after[layer].singular_values(),
+    for column, layer in enumerate(layers):
+        for axes, kind, spectrum, start in zip(panels[:, column], "WU", after[layer].singular_values(),
                                                before[layer].singular_values(), strict=True):
             shown = [s[:, : nominal + 4] / s[:, :1] for s in (spectrum, start)]
             index = np.arange(1, shown[0].shape[1] + 1)
@@ -137,7 +137,7 @@ def plot_spectra():
     figure.supylabel("singular value over the largest")
 
 
-plot_spectra()
+plot_spectra(layers[:: max(1, len(layers) // 5)])
 
 # %% [markdown]
 # ## Measured ranks
@@ -178,20 +178,21 @@ plot_ranks()
 # ## Which byte looks for which?
 #
 # In the first layer a token's state is its embedding, normed. `E W_n E^T` is then the score of every pair of bytes,
-# before rope turns it by their distance: rows look, columns are looked at.
+# before rope turns it by their distance: rows look, columns are looked at. The mean of a row is taken off, which
+# softmax does not see.
 
 
 # %%
 def plot_pairs(scores, letters, heads):
-    figure, panels = plt.subplots(1, len(heads), figsize=(4.2 * len(heads), 4.4), layout="constrained")
+    figure, panels = plt.subplots(1, len(heads), figsize=(6 * len(heads), 5.8), layout="constrained")
     limit = np.percentile(np.abs(scores), 99.5)
     for axes, head in zip(panels, heads, strict=True):
         image = axes.imshow(scores[head], cmap="RdBu", vmin=-limit, vmax=limit)
-        axes.set_xticks(range(len(letters)), letters, fontsize=6, family="monospace")
-        axes.set_yticks(range(len(letters)), letters, fontsize=6, family="monospace")
+        axes.set_xticks(range(len(letters)), letters, fontsize=8, family="monospace")
+        axes.set_yticks(range(len(letters)), letters, fontsize=8, family="monospace")
         axes.set(title=f"head {head}", xlabel="byte that is attended to")
     panels[0].set_ylabel("byte that attends")
-    figure.colorbar(image, ax=panels, label="score before rope", shrink=0.8)
+    figure.colorbar(image, ax=panels, label="score before rope, less its row's mean", shrink=0.8)
 
 
 letters = list(string.ascii_lowercase + "()[]:,.=_\"'#0") + ["␣", "⏎"]
@@ -199,9 +200,9 @@ ids = [ord({"␣": " ", "⏎": "\n"}.get(letter, letter)) for letter in letters]
 embedded = np.asarray(trained.params["embed"], np.float64)[ids]
 scale = np.asarray(trained.params["layers"]["attention_norm"]["scale"][0], np.float64)
 embedded *= scale / np.sqrt(np.mean(embedded**2, axis=1, keepdims=True))
-heads = range(3)
-scores = [embedded @ after[0].W(head) @ embedded.T * after[0].scale for head in range(after[0].num_heads)]
-plot_pairs(np.asarray(scores), letters, heads)
+heads = range(2)
+scores = np.asarray([embedded @ after[0].W(head) @ embedded.T * after[0].scale for head in heads])
+plot_pairs(scores - scores.mean(axis=-1, keepdims=True), letters, heads)
 
 # %% [markdown]
 # MFA norms its query latent, which divides a token's scores by that latent's size: rows above are right up to a

@@ -11,8 +11,8 @@
 # %% [markdown]
 # # Bring your own text
 #
-# Point `TEXT` at a file or a folder: text or JSONL (`data.text_field` names the field), plain or gz, bz2, xz, zst; a NUL
-# character separates documents in a file. On Colab, upload a file or mount a drive first, and `SOURCE` below says where
+# Point `TEXT` at a file or a folder: text or JSONL (`data.text_field` names the field), plain or gz, bz2, xz, zst; a
+# NUL character separates documents in a file. On Colab, upload a file or mount a drive first; `SOURCE` below says where
 # the repository is.
 #
 # Without a text of your own, the reference manual that comes with Python is taken.
