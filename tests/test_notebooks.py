@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,13 @@ def test_they_define_nothing_but_plots(script: Path) -> None:
     defined = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     assert all(isinstance(node, ast.FunctionDef) and node.name.startswith("plot_") for node in defined)
     assert any(isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("mfa_jax.") for node in tree.body)
+
+
+@scripts
+def test_their_text_states_no_result(script: Path) -> None:
+    """No number with a decimal point, no percentage: what was measured stands in figures and outputs."""
+    for text in cells(script, "markdown"):
+        assert not re.search(r"\d\.\d|\d *(%|times)", re.sub(r"`[^`]*`|arXiv [0-9.]+", "", text)), text
 
 
 def test_the_whole_loop_is_ten_cells() -> None:
