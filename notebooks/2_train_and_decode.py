@@ -67,7 +67,7 @@ config = TrainConfig(
     preset=preset,
     model=model_preset(preset),
     data=DataConfig(source="stdlib", sequence_length=pick(tiny=64, cpu=128, accelerator=512),
-                    batch_size=pick(tiny=8, cpu=16, accelerator=32)),
+                    batch_size=pick(tiny=8, cpu=16, accelerator=16)),
     optimizer=OptimizerConfig(kind="muon", learning_rate=1.5e-2, warmup_steps=pick(tiny=4, cpu=20, accelerator=30)),
     steps=pick(tiny=12, cpu=300, accelerator=400),
     log_every=pick(tiny=4, cpu=20, accelerator=20),

@@ -104,8 +104,8 @@ Console(width=120).print(table)
 # ## Time of a token against its context
 #
 # Solid: measured, with the backend that `auto` takes. Dotted: what reading the cache would take at the speed of the
-# copy. A copy writes as much as it reads, so that on some devices, CPUs among them, reading alone is faster; and a short
-# cache may come out of a cache of the processor.
+# copy. A copy writes as much as it reads, so that on some devices, CPUs among them, reading alone is faster; and a
+# short cache may come out of a cache of the processor.
 
 
 # %%
