@@ -56,11 +56,12 @@ def test_maps_are_those_of_the_modules(variant: str, encoding: str, monkeypatch:
 
 
 @pytest.mark.parametrize("variant", ["mla", "mfa_kr"])
-def test_stretched_frequencies_norms_that_are_off_and_experts(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frequencies_of_each_layer_stretched_norms_that_are_off_and_experts(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attention = dataclasses.replace(ATTENTION[variant], **{"mla": {"query_rank": None},
                                                            "mfa_kr": {"query_norm": False}}[variant])
     scaling = RopeScaling(kind="yarn", factor=4, original_max_positions=16)
-    c = compiled(with_experts(model_config(variant, attention=attention,
+    own = tuple(tuple((layer + 1) / 2**j for j in range(attention.rotated_dim // 2)) for layer in range(2))
+    c = compiled(with_experts(model_config(variant, attention=attention, inv_freq=own,
                                            position=PositionConfig(base=100.0, scaling=scaling))))
     expected, got = of_modules_and_ours(c, tokens(), monkeypatch)
     chex.assert_trees_all_close(got, expected, atol=1e-5)
