@@ -56,7 +56,9 @@ def test_maps_are_those_of_the_modules(variant: str, encoding: str, monkeypatch:
 
 
 @pytest.mark.parametrize("variant", ["mla", "mfa_kr"])
-def test_frequencies_of_each_layer_stretched_norms_that_are_off_and_experts(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stretched_frequencies_of_each_layer_no_inner_norms_and_experts(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attention = dataclasses.replace(ATTENTION[variant], **{"mla": {"query_rank": None},
                                                            "mfa_kr": {"query_norm": False}}[variant])
     scaling = RopeScaling(kind="yarn", factor=4, original_max_positions=16)
