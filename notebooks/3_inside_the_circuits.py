@@ -216,7 +216,9 @@ plot_pairs(scores - scores.mean(axis=-1, keepdims=True), letters, heads)
 # %%
 def plot_maps(maps, text, layer):
     figure, panels = plt.subplots(2, 4, figsize=(14, 7.4), layout="constrained")
-    for head, axes in enumerate(panels.flat):
+    for axes in panels.flat[len(maps):]:
+        axes.set_axis_off()
+    for head, axes in zip(range(len(maps)), panels.flat, strict=False):
         image = axes.imshow(maps[head], cmap="viridis", vmin=0, vmax=1)
         axes.set_title(f"layer {layer}, head {head}")
         axes.set_xticks(range(len(text)), text, fontsize=6, family="monospace")
