@@ -91,7 +91,6 @@ scale = Scale(
     matmul=pick(tiny=64, cpu=1024, accelerator=4096),
     point=Sizes(cold_bytes=pick(tiny=2**16, cpu=2**27, accelerator=2**28),
                 round_seconds=pick(tiny=0.001, cpu=0.05, accelerator=0.02), rounds=pick(tiny=2, cpu=5, accelerator=7)),
-    group=4,
 )
 config = BenchDecodeKernelConfig(output=f"{tempfile.mkdtemp(prefix='mfa-')}/record.json", cases=tuple(PAPER),
                                  cache_dtypes=(dtype,), budget_seconds=200, torch=False, layer=False)
