@@ -40,10 +40,10 @@ from experiments.decode_kernel.points import Point, Sizes, compile_points, measu
 from experiments.decode_kernel.sides import sides
 from experiments.decode_kernel.speed import Copy, dispatcher, make_copy, multiplier, speed
 from experiments.decode_kernel.targets import targets
-from experiments.kernel_cases import CASES, PAPER
+from experiments.kernel_cases import CASES, PAPER, Case
 from mfa_jax.config import require, to_dict
 
-CACHE_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
+CACHE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 NAMES = ("MFA 64x256", "MFA-KR 64x256", "MLA 128x(512+64)", "GQA 64/4x128", *PAPER)
 
 
@@ -76,7 +76,7 @@ class BenchDecodeKernelConfig:
     cases: tuple[str, ...] = NAMES
     """What is decoded: names of `kernel_cases`."""
     cache_dtypes: tuple[str, ...] = ("bfloat16", "int8")
-    """Of bfloat16, int8, float8_e4m3fn."""
+    """Of float32 (queries too), bfloat16, int8, float8_e4m3fn."""
     budget_seconds: float = 570.0
     """No group of points is begun that would not end within it."""
     rounds: int = 7
@@ -112,20 +112,25 @@ class BenchDecodeKernelConfig:
             scale, point=dataclasses.replace(scale.point, rounds=self.rounds, seed=self.seed))
 
 
-def points(config: BenchDecodeKernelConfig) -> list[Point]:
+def points(config: BenchDecodeKernelConfig, scale: Scale) -> list[Point]:
     """All of them, by importance: the largest batch first, then our other batches, those of the paper's models last."""
-    cases, scale = CASES | PAPER, config.scale
+    cases = CASES | PAPER
     largest, *smaller = scale.batches
     stages = [(largest, False), (largest, True), *((batch, paper) for paper in (False, True) for batch in smaller)]
     known = tuple(n for n in scale.lengths if n is not None)
     return [
-        Point(name, dataclasses.replace(cases[name], cache_dtype=dtype), batch, length, known,
+        Point(name, _with_cache(cases[name], dtype), batch, length, known,
               slow_sides=batch == largest and length in scale.lengths[:2] and name not in PAPER)
         for batch, paper in stages for length in scale.lengths
         # A mix of one row is none.
         if length is not None or batch > 1
         for dtype in config.cache_dtypes for name in config.cases if (name in PAPER) == paper
     ]
+
+
+def _with_cache(case: Case, cache_dtype: str) -> Case:
+    dtype = "float32" if cache_dtype == "float32" else case.dtype
+    return dataclasses.replace(case, dtype=dtype, cache_dtype=cache_dtype)
 
 
 class Budget:
@@ -146,9 +151,14 @@ class Budget:
         return self.used + self.longest < self.seconds
 
 
-def measure(config: BenchDecodeKernelConfig) -> dict[str, Any]:
-    """The record of the benchmark; it is written to `config.output` as it grows."""
-    scale, budget, screen = config.scale, Budget(config.budget_seconds), Console(stderr=True)
+def measure(config: BenchDecodeKernelConfig, scale: Scale | None = None) -> dict[str, Any]:
+    """The record of the benchmark; it is written to `config.output` as it grows.
+
+    Args:
+      scale: None for the config's own, which is made for an H100 (`tiny`: for a test).
+    """
+    scale = config.scale if scale is None else scale
+    budget, screen = Budget(config.budget_seconds), Console(stderr=True)
     copy = make_copy(scale.copy_bytes)
     found = {name: side for name, side in sides(config.torch).items() if name not in config.leave_out}
     device = device_speed(scale, copy)
@@ -170,7 +180,7 @@ def measure(config: BenchDecodeKernelConfig) -> dict[str, Any]:
             scale.layer, length, [name for name, side in found.items() if side.ours], copy, rounds=config.rounds,
             round_seconds=scale.point.round_seconds, seed=config.seed))
         keep(f"layer, {length} tokens")
-    rest = points(config)
+    rest = points(config, scale)
     while rest and budget.allows_another():
         group, rest = rest[: scale.group], rest[scale.group :]
         programs = compile_points(group, found, scale.point)

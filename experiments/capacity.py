@@ -21,6 +21,9 @@ from mfa_jax.capacity import Report, analyse
 from mfa_jax.config import require
 from mfa_jax.presets import attention_shape, published
 
+COLORS = {"mha": "C7", "gqa": "C0", "mqa": "C9", "mla": "C1", "mfa": "C2", "mfa_kr": "C3"}
+"""Of the variants, in every picture."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -113,10 +116,9 @@ def save_plot(found: dict[str, Report], path: str) -> None:
         ("arithmetic intensity [FLOPs / byte]", [r.arithmetic_intensity for r in found.values()]),
         ("total effective rank of a layer", [r.ter for r in found.values()]),
     )
-    colors = {"mha": "C7", "gqa": "C0", "mqa": "C9", "mla": "C1", "mfa": "C2", "mfa_kr": "C3"}
     figure, axes = plt.subplots(1, 4, sharey=True, figsize=(15, 1.8 + 0.34 * len(found)), layout="constrained")
     for axis, (label, values) in zip(axes, panels, strict=True):
-        bars = axis.barh(list(found), values, color=[colors[r.variant] for r in found.values()])
+        bars = axis.barh(list(found), values, color=[COLORS[r.variant] for r in found.values()])
         axis.bar_label(bars, labels=[_si(v) for v in values], padding=3, fontsize=8)
         axis.set_xscale("log")
         axis.xaxis.set_minor_formatter(NullFormatter())
@@ -126,7 +128,7 @@ def save_plot(found: dict[str, Report], path: str) -> None:
         axis.set_axisbelow(True)
     axes[0].invert_yaxis()
     present = dict.fromkeys(r.variant for r in found.values())
-    handles = [Patch(color=colors[v]) for v in present]
+    handles = [Patch(color=COLORS[v]) for v in present]
     figure.legend(handles, [v.upper().replace("_", "-") for v in present], loc="outside lower center", ncols=6)
     figure.suptitle(f"Decoding one token at context {first.context}, cache in {first.cache_dtype}")
     try:

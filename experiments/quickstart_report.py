@@ -8,11 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from mfa_jax.config import TrainConfig
 from mfa_jax.generate import SamplingConfig
@@ -103,7 +99,9 @@ memory, not quality: only MFA was trained here.
 
 
 def _plot_loss(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    # Not through pyplot, whose backend belongs to whoever imports this: a notebook shows its own figures.
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     train = [(line["step"], line["bits_per_byte"]) for line in lines if "bits_per_byte" in line]
     held_out = [(line["step"], line["eval_bits_per_byte"]) for line in lines if "eval_bits_per_byte" in line]
     axes.plot(*zip(*train, strict=True), label="training batch", linewidth=1)
@@ -113,11 +111,11 @@ def _plot_loss(lines: Sequence[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _plot_bars(rows: Sequence[Row], series: dict[str, str], label: str, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / len(series)
     for i, (name, title) in enumerate(series.items()):
         at = [x + (i - (len(series) - 1) / 2) * width for x in range(len(rows))]
@@ -129,4 +127,3 @@ def _plot_bars(rows: Sequence[Row], series: dict[str, str], label: str, path: Pa
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    plt.close(figure)

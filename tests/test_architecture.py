@@ -43,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "attention.mfa": _VARIANT,
     "attention.mfa_kr": _VARIANT | {"attention.mfa"},
     "circuits": {"config", "positions", "layers"},
+    "attention_maps": {"config", "layers", "attention.encoding", "model"},
     "model": _MODEL | {"kernels"},
     "train": _USES_MODEL | {"train"},
     "generate": _USES_MODEL | {"generate"},

@@ -98,7 +98,7 @@ def test_a_mix_is_between_the_shortest_and_the_longest() -> None:
 
 def test_what_matters_most_comes_first() -> None:
     config = BenchDecodeKernelConfig(output="x")
-    order = points(config)
+    order = points(config, config.scale)
     names = [point.name for point in order]
     assert names[:5] == ["MFA 64x256 bfloat16 64 x 32768", "MFA-KR 64x256 bfloat16 64 x 32768",
                          "MLA 128x(512+64) bfloat16 64 x 32768", "GQA 64/4x128 bfloat16 64 x 32768",
@@ -111,6 +111,16 @@ def test_what_matters_most_comes_first() -> None:
     assert all(point.caches(Sizes()) * point.valid_bytes(0) >= 3 * 50 * 2**20 or point.caches(Sizes()) == 64
                for point in order)
     assert PAPER["paper-7b-mfa-kr"] == Case(26, 256, value_width=256, rope=True)
+
+
+def test_a_scale_of_its_own_and_queries_of_the_type_of_a_float32_cache(tmp_path: Path) -> None:
+    config = BenchDecodeKernelConfig(output=str(tmp_path / "record.json"), cases=("paper-7b-mfa",), layer=False,
+                                     cache_dtypes=("float32", "int8"), torch=False, tiny=True)
+    scale = dataclasses.replace(config.scale, batches=(1,), lengths=(32,))
+    assert [point.case.dtype for point in points(config, scale)] == ["float32", "bfloat16"]
+    record = bench_decode_kernel.measure(config, scale)
+    assert [p["name"] for p in record["points"]] == ["paper-7b-mfa float32 1 x 32", "paper-7b-mfa int8 1 x 32"]
+    assert record["points"][0]["sides"]["xla"]["error"] < 1e-5
 
 
 def test_targets_are_ratios_of_what_was_measured() -> None:
@@ -142,7 +152,8 @@ def test_a_tiny_run_from_end_to_end(tmp_path: Path) -> None:
                                      cache_dtypes=("bfloat16",), rounds=2, tiny=True)
     record = bench_decode_kernel.measure(config)
     assert json.loads((tmp_path / "record.json").read_text()) == json.loads(json.dumps(record))
-    assert [p["name"] for p in record["points"]] == [p.name for p in points(config)] and not record["skipped"]
+    assert [p["name"] for p in record["points"]] == [p.name for p in points(config, config.scale)]
+    assert not record["skipped"]
     assert {p["sides"]["xla"]["status"] for p in record["points"]} == {"ok"}
     assert [x["sides"]["xla"]["status"] for x in record["layer"]] == ["ok", "ok"]
     # S_q, its norm, Q, S_k, S_v and O of the tiny layer, in bfloat16; 64 tokens of two rows of two arrays.
@@ -158,7 +169,8 @@ def test_a_spent_budget_skips_and_says_so(tmp_path: Path) -> None:
     config = BenchDecodeKernelConfig(output=str(tmp_path / "record.json"), cases=("MFA 64x256",), budget_seconds=1e-6,
                                      tiny=True, layer=False)
     record = bench_decode_kernel.measure(config)
-    assert record["points"] == [] and [x["point"] for x in record["skipped"]] == [p.name for p in points(config)]
+    assert record["points"] == []
+    assert [x["point"] for x in record["skipped"]] == [p.name for p in points(config, config.scale)]
     assert {x["reason"] for x in record["skipped"]} == {"out of time"}
     with pytest.raises(ValueError, match="nothing was measured that could be drawn"):
         bench_decode_kernel.save_plots(record, str(tmp_path))

@@ -11,6 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+
 from experiments import cli
 from mfa_jax.config import require
 
@@ -34,25 +39,21 @@ def save_plots(record: dict[str, Any], folder: str) -> None:
       ValueError: a record without any point.
       OSError: a file that can't be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     require(bool(record["points"]), "record", "no points", "nothing was measured that could be drawn")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     for cache_dtype in dict.fromkeys(p["cache_dtype"] for p in record["points"]):
-        _panels(record, cache_dtype, target / f"{cache_dtype}.png")
-    _roofline(record, target / "roofline.png")
+        panels(record, cache_dtype).savefig(target / f"{cache_dtype}.png", dpi=110)
+    roofline(record).savefig(target / "roofline.png", dpi=130)
 
 
-def _panels(record: dict[str, Any], cache_dtype: str, path: Path) -> None:
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
+def panels(record: dict[str, Any], cache_dtype: str) -> Figure:
+    """Time, bandwidth and tokens a second of every side, for one type of cache; a column a variant."""
     points = [p for p in record["points"] if p["cache_dtype"] == cache_dtype and p["length"]]
     variants, largest = list(dict.fromkeys(p["variant"] for p in points)), max(p["batch"] for p in record["points"])
-    figure, axes = plt.subplots(3, len(variants), figsize=(2.8 * len(variants) + 2, 9), squeeze=False, sharey="row",
-                                layout="constrained")
+    # Not through pyplot, whose backend belongs to whoever imports this: a notebook shows figures in its own way.
+    figure = Figure(figsize=(2.8 * len(variants) + 2, 9), layout="constrained")
+    axes = figure.subplots(3, len(variants), squeeze=False, sharey="row")
     names = list(dict.fromkeys(name for p in record["points"] for name, s in p["sides"].items() if "seconds" in s))
     styles: dict[str, dict[str, Any]] = {
         name: {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1.2}
@@ -81,12 +82,11 @@ def _panels(record: dict[str, Any], cache_dtype: str, path: Path) -> None:
     axes[1, 0].set_ylim(0, None)
     for axis, label in zip(axes[:, 0], ("time of a step [us]", "valid bytes read [GB/s]", "tokens/s"), strict=True):
         axis.set_ylabel(label)
-    lines = [plt.Line2D([], [], **styles[name]) for name in names]
-    figure.legend([*lines, plt.Line2D([], [], **copy)], [*names, "copy, read and written"],
+    lines = [Line2D([], [], **styles[name]) for name in names]
+    figure.legend([*lines, Line2D([], [], **copy)], [*names, "copy, read and written"],
                   loc="outside lower center", ncols=4)
     figure.suptitle(f"Decode attention on {record['machine']['device']}, cache of {cache_dtype}")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def _line(
@@ -97,15 +97,14 @@ def _line(
         axis.plot(*zip(*found, strict=True), **style)
 
 
-def _roofline(record: dict[str, Any], path: Path) -> None:
-    import matplotlib.pyplot as plt
-    import numpy as np
-
+def roofline(record: dict[str, Any]) -> Figure:
+    """The largest batch beside the copy and the product of matrices of the same run."""
     largest = max(p["batch"] for p in record["points"])
     measured = [p for p in record["points"] if p["batch"] == largest and p["length"] and
                 "seconds" in p["sides"][p["auto"]]]
     bandwidth, peak = (record["device_speed"][name] for name in ("copy_bytes_per_s", "matmul_flops_per_s"))
-    figure, axis = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axis = figure.subplots()
     intensities = [p["flops"] / p["valid_bytes"] for p in measured]
     x = np.geomspace(0.5 * min([*intensities, 1]), 2 * max([*intensities, peak / bandwidth]), 200)
     axis.plot(x, np.minimum(x * bandwidth, peak) / 1e12, color="k", label="copy, and product of matrices, of this run")
@@ -119,8 +118,7 @@ def _roofline(record: dict[str, Any], path: Path) -> None:
              title=f"{record['machine']['device']}, batch {largest}, what `auto` takes, all lengths")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:
