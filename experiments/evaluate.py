@@ -96,8 +96,8 @@ class EvaluateConfig:
                 self.system_instruction, "needs --apply-chat-template")
         require_new(self.output)
         require(not self.log_samples or self.output is not None, "log_samples", True, "needs --output")
-        require(self.local_data is not None or not any(name.startswith("local_") for name in self.task_names),
-                "local_data", None, "must name the folder of the local_ tasks' files")
+        require(self.local_data is not None or not any(map(_is_local, self.task_names)), "local_data", None,
+                "must name the folder of the local_ tasks' files")
 
     @property
     def task_names(self) -> list[str]:
@@ -109,6 +109,10 @@ def require_new(output: str | None) -> None:
     if output is not None:
         require(not Path(output).exists(), "output", output, "must not exist yet")
         require(Path(output).parent.is_dir(), "output", output, "must lie in a folder that exists")
+
+
+def _is_local(task: str) -> bool:
+    return task.startswith("local_")
 
 
 def load_tasks(config: EvaluateConfig) -> tuple[Any, list[Any]]:
@@ -124,11 +128,13 @@ def load_tasks(config: EvaluateConfig) -> tuple[Any, list[Any]]:
     os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's switch: it would fork to resample
     # It warns of every default that a task file leaves as it is.
     logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=str(TASKS), metadata={"local_data": config.local_data})
+    ours = [path.stem for path in TASKS.glob("*.yaml")]
+    # Not the thousands of lm-eval's own files where none of them is asked for.
+    manager = TaskManager(include_path=str(TASKS), include_defaults=not all(map(_is_local, config.task_names)),
+                          metadata={"local_data": config.local_data})
     for name in config.task_names:
-        close = difflib.get_close_matches(name, manager.all_tasks, n=3) or [
-            task for task in manager.all_tasks if task.startswith("local_")]
-        require(name in manager.all_tasks, "tasks", name, f"lm-eval knows no such task; such as {', '.join(close)}")
+        close = difflib.get_close_matches(name, manager.all_tasks, n=3) or sorted(ours)
+        require(name in manager.all_tasks, "tasks", name, f"there is no such task; such as {', '.join(close)}")
     loaded = manager.load(config.task_names)
     inside = {child for children in loaded["group_map"].values() for child in children}
     named = {**loaded["groups"], **loaded["tasks"]}

@@ -1,4 +1,4 @@
-"""Log-likelihoods of batches against one forward at a time, texts up to a stop string, and what is compiled for them."""
+"""Log-likelihoods of batches against their definition, texts up to a stop string, and what is compiled for them."""
 
 from __future__ import annotations
 

@@ -52,10 +52,10 @@ def render(
     """
     require(not (add_generation_prompt and continue_last), "continue_last", True,
             "the last message can't be gone on with after the prompt for the next one")
+    special = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token")}
     try:
         text = _environment().from_string(chat_template(tokenizer)).render(
-            messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-            bos_token=getattr(tokenizer, "bos_token", None) or "", eos_token=getattr(tokenizer, "eos_token", None) or "")
+            messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None, documents=None, **special)
     except jinja2.TemplateError as error:
         raise ValueError(f"chat_template: {error}") from error
     if not continue_last:

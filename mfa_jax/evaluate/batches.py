@@ -12,7 +12,7 @@ from mfa_jax.config import require
 
 
 def largest_batch(tokens_of_row: int, batch_tokens: int) -> int:
-    """Rows of a batch of at most `batch_tokens` tokens: at least one, and a multiple of what the mesh splits it over."""
+    """Rows of a batch of at most so many tokens: at least one, and a multiple of what the mesh splits it over."""
     shards = _shards()
     return max(1, batch_tokens // tokens_of_row // shards) * shards
 

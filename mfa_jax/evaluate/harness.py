@@ -31,6 +31,8 @@ from mfa_jax.model.transformer import Transformer
 from mfa_jax.train.run import load_trained
 
 log = logging.getLogger(__name__)
+_Pair = tuple[tuple[str, str] | None, list[int], list[int]]
+"""Context and continuation as texts, where they are some, and as token ids."""
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -119,13 +121,13 @@ class HarnessModel(TemplateLM):
     # ---- what is asked -----------------------------------------------------------------------------------------
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: list[_Pair], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
         pairs = [self._fitting(context, continuation) for _, context, continuation in requests]
         with tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm) as bar:
             scores = loglikelihoods(self.model, self.params, pairs, batch_tokens=self.batch_tokens, on_done=bar.update)
         answers = [(score.logprob, score.greedy) for score in scores]
-        for (texts, *_), answer in zip(requests, answers, strict=True):
+        for (texts, _context, _continuation), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
@@ -146,7 +148,7 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, each token once: windows of `max_length` with as much context as they hold."""
-        windows: list[tuple[None, list[int], list[int]]] = []
+        windows: list[_Pair] = []
         ends = []
         for (text,) in (request.args for request in requests):
             pairs = get_rolling_token_windows(self.tok_encode(text, add_special_tokens=False), self.prefix_token_id,

@@ -74,10 +74,12 @@ def token_scores(
     if tokens is None or tables is None:
         return _local_scores(hidden, table, targets, chunk_elements, ())
     vocabulary, by_token = tables[0], PartitionSpec(*tokens)
-    return jax.shard_map(
-        lambda *arrays: _local_scores(*arrays, chunk_elements, vocabulary),
-        in_specs=(by_token, PartitionSpec(vocabulary), by_token), out_specs=by_token, check_vma=False,
-    )(hidden, table, targets)
+
+    def local(hidden: Array, table: Array, targets: Array) -> TokenScores:
+        return _local_scores(hidden, table, targets, chunk_elements, vocabulary)
+
+    return jax.shard_map(local, in_specs=(by_token, PartitionSpec(vocabulary), by_token), out_specs=by_token,
+                         check_vma=False)(hidden, table, targets)
 
 
 def _local_scores(
