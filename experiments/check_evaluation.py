@@ -3,7 +3,7 @@
     python -m experiments.check_evaluation --hf DIR --tasks local_hellaswag,local_bbh --local-data DIR --limit 50 \\
         --output record.json
 
-Both sides compute in float32. Exit code 1 says that a metric differs, or a log-likelihood by more than `--tolerance`.
+We compute in float32. Exit code 1 says that a metric differs, or a log-likelihood by more than `--tolerance`.
 Needs the extras: pip install "mfa_jax[bench,evaluate]" accelerate.
 """
 
@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from experiments import cli
 from experiments.evaluate import EvaluateConfig, evaluate, load_tasks, require_new
@@ -42,6 +42,8 @@ class CheckEvaluationConfig:
     """Tokens of a row at most."""
     apply_chat_template: bool = False
     """Write requests as conversations."""
+    peer_dtype: Literal["float32", "float64"] = "float32"
+    """What the peer computes in; float64 says which side of a difference is off."""
     peer_batch_size: int = 8
     """Rows that the peer computes at once."""
     tolerance: float = 1e-3
@@ -102,7 +104,7 @@ def main(config: CheckEvaluationConfig) -> None:
     from lm_eval.models.huggingface import HFLM
 
     opened = open_model(None, config.hf)
-    peer = HFLM(config.hf, dtype="float32", device="cpu", batch_size=config.peer_batch_size,
+    peer = HFLM(config.hf, dtype=config.peer_dtype, device="cpu", batch_size=config.peer_batch_size,
                 max_length=config.max_length)
     record: dict[str, Any] = {
         **dataclasses.asdict(config), "machine": platform.processor() or platform.machine(),
