@@ -15,8 +15,11 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from experiments import cli
 from experiments.evaluate import EvaluateConfig, evaluate, load_tasks, require_new
@@ -78,11 +81,16 @@ def compare(ours: dict[str, Any], peer: dict[str, Any], tolerance: float) -> dic
         found["equal_texts"] = sum(mine == theirs for mine, theirs in pairs)
         return found | {"agree": all(a == b for a, b in metrics.values())}
     if isinstance(pairs[0][0], float):
-        difference = max(abs(a - b) / max(1.0, abs(b) / 1000) for a, b in pairs)
+        difference = _largest(abs(a - b) / max(1.0, abs(b) / 1000) for a, b in pairs)
         return found | {"largest_difference_per_1000_nats": difference, "agree": difference <= tolerance}
-    difference = max(abs(a[0] - b[0]) for a, b in pairs)
+    difference = _largest(abs(a[0] - b[0]) for a, b in pairs)
     return found | {"largest_difference": difference, "equal_greedy": sum(a[1] == b[1] for a, b in pairs),
                     "agree": difference <= tolerance and all(a == b for a, b in metrics.values())}
+
+
+def _largest(differences: Iterable[float]) -> float:
+    """The maximum, and nan where one is."""
+    return float(np.max(list(differences)))
 
 
 def _answers(samples: list[dict[str, Any]]) -> list[Any]:
