@@ -75,7 +75,7 @@ def test_one_program_for_a_shape() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(2, 2, 1, 1, 2), (1, 1, 1, 1, 8), (8, 1, 1, 1, 1)])
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 1, 2), (8, 1, 1, 1, 1)])
 def test_a_mesh_changes_nothing(sizes: tuple[int, ...]) -> None:
     c = compiled(model_config("gqa", vocab_size=264))
     asked = requests(4, [(3, 2), (20, 5), (34, 1), (1, 9), (8, 2)], 264)
@@ -88,8 +88,6 @@ def test_a_mesh_changes_nothing(sizes: tuple[int, ...]) -> None:
     scores, texts = run(c.params)
     mesh = axes.make_mesh(sizes)
     boxed = jax.eval_shape(c.model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    if c.config.attention.num_kv_heads % sizes[-1]:
-        pytest.skip("key heads do not divide")
     with jax.set_mesh(mesh):
         found, same = run(jax.device_put(c.params, axes.shardings(boxed, mesh)))
     assert same == texts
