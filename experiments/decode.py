@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import tyro
 
 from experiments.cli import parse, run
-from mfa_jax.attention import decode_call
+from experiments.opening import CacheDType, DecodeKernel, decode_kernel
 from mfa_jax.config import require
 from mfa_jax.generate import SamplingConfig, bucket, complete, stream_text
-from mfa_jax.kernels import default_device, resolve
 from mfa_jax.model.transformer import Transformer
 from mfa_jax.train.run import Trained, load_trained
 
@@ -49,10 +48,9 @@ class DecodeConfig:
     """Stop where the model ends a document."""
     capacity: int | None = None
     """Tokens that the cache holds; none for what is needed."""
-    cache_dtype: Literal["float32", "bfloat16", "int8", "float8_e4m3fn"] | None = None
+    cache_dtype: CacheDType | None = None
     """Type of the cached arrays, those of 8 bits with a scale a token; none for the model's."""
-    implementation: Literal["auto", "reference", "xla", "mosaic_tpu", "mosaic_tpu_interpret", "mosaic_gpu",
-                            "mosaic_gpu_interpret"] | None = None
+    implementation: DecodeKernel | None = None
     """Decode kernel; auto takes the device's own where it can serve, none what the run's config says."""
     step: int | None = None
     """Checkpoint to read; none for the newest intact one."""
@@ -88,12 +86,8 @@ def _with_kernel(config: DecodeConfig, trained: Trained) -> Trained:
     Raises:
       NotImplementedError: the kernel can't serve this model on this device.
     """
-    model = trained.model.config
-    if config.implementation is not None:
-        model = dataclasses.replace(model, decode_implementation=config.implementation)
-    call = decode_call(model.attention, model.position, capacity=config.capacity or bucket(config.max_new_tokens),
-                       dtype=model.dtype, cache_dtype=config.cache_dtype or model.dtype)
-    chosen = resolve(model.decode_implementation, call, default_device())
+    model, chosen = decode_kernel(trained.model.config, config.implementation,
+                                  config.capacity or bucket(config.max_new_tokens), config.cache_dtype)
     print(f"step {trained.step} of {config.workdir}: {model.attention.variant}, {jax.devices()[0].platform}, "
           f"decode attention by {chosen}", file=sys.stderr)
     return dataclasses.replace(trained, model=Transformer(model))

@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": _USES_MODEL | {"train"},
     "generate": _USES_MODEL | {"generate"},
     "plan": _USES_MODEL | {"presets", "circuits", "train", "generate", "plan"},
+    "evaluate": _USES_MODEL | {"train", "generate", "evaluate"},
     "convert": _USES_MODEL | {"presets", "circuits", "train", "generate", "convert"},
 }
 # Pure `init`/`apply` and little else, so that the framework could be changed in a day.

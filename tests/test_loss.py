@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mfa_jax import axes
-from mfa_jax.model.loss import LossSums, cross_entropy
+from mfa_jax.model.loss import LossSums, TokenScores, cross_entropy, token_scores
 from mfa_jax.plan import costs, hlo
 
 B, T, D, V = 2, 11, 8, 50
@@ -32,6 +32,18 @@ def test_chunks_equal_the_definition(positions: int) -> None:
     np.testing.assert_allclose(sums.nll, nll[mask].sum(), rtol=1e-5)
     np.testing.assert_allclose(sums.loss, nll[mask].sum() + 0.1 * np.square(log_partition[mask]).sum(), rtol=1e-5)
     assert sums.tokens == mask.sum()
+
+
+@pytest.mark.parametrize("positions", [1, 4, 11])
+def test_scores_equal_the_definition(positions: int) -> None:
+    """Half of the targets are the most probable tokens."""
+    hidden, table, targets, mask = inputs()
+    logits = np.einsum("btd,vd->btv", np.asarray(hidden, np.float64), np.asarray(table, np.float64))
+    targets = jnp.where(mask, targets, logits.argmax(-1))
+    scores = token_scores(hidden, table, targets, chunk_elements=positions * B * V)
+    chosen = np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(scores.logprob, chosen - np.log(np.exp(logits).sum(-1)), atol=1e-5)
+    assert scores.best.tolist() == (logits.argmax(-1) == targets).tolist() and not scores.best.all()
 
 
 def test_gradients_do_not_depend_on_the_chunks() -> None:
@@ -60,6 +72,22 @@ def test_a_mesh_changes_neither_sums_nor_gradients(sizes: tuple[int, ...]) -> No
     expected = run()
     with jax.set_mesh(axes.make_mesh(sizes)):
         chex.assert_trees_all_close(jax.device_get(run()), jax.device_get(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 1, 1, 2), (1, 1, 1, 1, 8)])
+def test_a_mesh_does_not_change_scores(sizes: tuple[int, ...]) -> None:
+    keys = jax.random.split(jax.random.key(2), 3)
+    hidden, table = jax.random.normal(keys[0], (4, T, D)), jax.random.normal(keys[1], (48, D))
+    targets = jnp.where(jnp.arange(T) % 2, jax.random.randint(keys[2], (4, T), 0, 48), (hidden @ table.T).argmax(-1))
+
+    def run() -> TokenScores:
+        return jax.device_get(jax.jit(token_scores, static_argnums=3)(hidden, table, targets, 3 * 48))
+
+    expected = run()
+    with jax.set_mesh(axes.make_mesh(sizes)):
+        found = run()
+    chex.assert_trees_all_close(found.logprob, expected.logprob, atol=1e-5)
+    assert found.best.tolist() == expected.best.tolist()
 
 
 def test_the_table_is_gathered_and_its_gradient_summed_once_and_not_in_every_chunk() -> None:

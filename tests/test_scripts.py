@@ -27,6 +27,8 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
     (("experiments.decode", "--workdir", "/nonexistent", "--prompt", "a"), "workdir='/nonexistent'"),
     (("experiments.decode", "--workdir", "x", "--prompt", "a", "--top-p", "1.5"), "top_p=1.5: must be in (0, 1]"),
     (("experiments.capacity", "--model", "step4"), "step4"),
+    (("experiments.evaluate", "--tasks", "local_bbh", "--workdir", "x"), "local_data=None: must name the folder"),
+    (("experiments.chat",), "workdir=None: give the folder of a run"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(arguments: tuple[str, ...], message: str) -> None:
     done = run_script(*arguments)

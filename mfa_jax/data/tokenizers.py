@@ -6,6 +6,7 @@ it and is read without the file it came from. `encode` never yields a special to
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -122,6 +123,18 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_marked(self, text: str) -> Int32[np.ndarray, " T"]:
+        """As `encode`, but what spells a special token is that token: for text that a chat template made."""
+        return np.asarray(self._marking.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @functools.cached_property
+    def _marking(self) -> tokenizers.Tokenizer:
+        """One of its own: a tokenizer that was told to spell special tokens is told so for all who use it."""
+        marking = tokenizers.Tokenizer.from_buffer(self._content)
+        marking.no_truncation()
+        marking.no_padding()
+        return marking
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(checked_ids(ids, self.vocab_size), skip_special_tokens=True)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mfa_jax.attention.cached import Serving, placement
 from mfa_jax.config import require
 from mfa_jax.generate.sampling import SamplingConfig, sample
-from mfa_jax.model.transformer import Transformer, init_cache, unstack_layers
+from mfa_jax.model.transformer import Transformer, cache_length, init_cache, unstack_layers
 
 SMALLEST_BUCKET = 32
 
@@ -106,7 +106,7 @@ def stream(
         if done or limit >= max_new_tokens:
             return
         limit = min(limit + chunk, max_new_tokens)
-        state = _decode(model, params, state, jnp.int32(limit), sampling=sampling)
+        state = decode(model, params, state, jnp.int32(limit), sampling=sampling)
 
 
 def lower_generate(
@@ -137,7 +137,7 @@ def lower_decode(
     """
     state = abstract_state(model, params, batch_size=batch_size, capacity=capacity, sampling=sampling,
                            cache_dtype=cache_dtype)
-    return _decode.lower(model, params, state, jax.ShapeDtypeStruct((), jnp.int32), sampling=sampling)
+    return decode.lower(model, params, state, jax.ShapeDtypeStruct((), jnp.int32), sampling=sampling)
 
 
 def abstract_state(
@@ -214,7 +214,7 @@ def _generate(
 ) -> Generated:
     state = _prefill(model, params, prompts, lengths, stops, key, sampling=sampling, buffer=buffer, capacity=capacity,
                      cache_dtype=cache_dtype)
-    return _decode(model, params, state, limit, sampling=sampling).generated
+    return decode(model, params, state, limit, sampling=sampling).generated
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -226,14 +226,31 @@ def _prefill(
     B, T = prompts.shape
     # A prompt attends to all that is allocated: only then is there room for what follows.
     caches = init_cache(model.config, B, T, cache_dtype, scan_layers=False)
-    apply = _unrolled(model, params)
-    hidden, caches = apply(prompts, cache=caches, method="hidden")
-    caches = tuple(cache.with_length(lengths).with_capacity(capacity) for cache in caches)
-    last_hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     seen = None
     if sampling.repetition_penalty != 1:
         real = jnp.arange(T) < lengths[:, None]
         seen = jnp.zeros((B, model.config.vocab_size), bool).at[jnp.arange(B)[:, None], prompts].max(real)
+    state = read(model, params, caches, prompts, lengths, stops, key, seen, sampling=sampling, buffer=buffer)
+    return state._replace(caches=tuple(cache.with_capacity(capacity) for cache in state.caches))
+
+
+def read(
+    model: Transformer, params: Any, caches: Any, tokens: Int[Array, "B T"], lengths: Int[Array, " B"],
+    stops: Int[Array, "B Z"], key: Key[Array, ""], seen: Bool[Array, "B V"] | None, *, sampling: SamplingConfig,
+    buffer: int,
+) -> _State:
+    """Appends tokens to the caches, `lengths` of them in each row, and chooses the one after them: where `decode`
+    goes on from.
+
+    Args:
+      caches: as `init_cache` makes them with `scan_layers=False`.
+      seen: which ids stand in the row's text, these tokens included; needed for a repetition penalty.
+      buffer: tokens that there is room for in the output.
+    """
+    B, apply, start = len(tokens), _unrolled(model, params), cache_length(caches)
+    hidden, caches = apply(tokens, cache=caches, method="hidden")
+    caches = tuple(cache.with_length(start + lengths) for cache in caches)
+    last_hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     empty = Generated(jnp.full((B, buffer), -1, jnp.int32), jnp.zeros((B,), jnp.int32), jnp.zeros((B, buffer)),
                       jnp.zeros((B,), bool))
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
@@ -242,7 +259,7 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames=("state",))
-def _decode(model: Transformer, params: Any, state: _State, limit: Array, *, sampling: SamplingConfig) -> _State:
+def decode(model: Transformer, params: Any, state: _State, limit: Array, *, sampling: SamplingConfig) -> _State:
     """Goes on until every row has stopped or `limit` tokens are chosen."""
     # Outside the loop: slicing the stacked weights in it would copy them for every token.
     apply = _unrolled(model, params)

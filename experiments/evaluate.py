@@ -1,0 +1,195 @@
+"""Evaluate a run or a checkpoint on the tasks of lm-eval, its own and ours.
+
+    python -m experiments.evaluate --workdir runs/tiny --tasks local_hellaswag,local_piqa --local-data DIR
+    python -m experiments.evaluate --hf DIR --tasks local_mmlu --local-data DIR --limit 100 --output mmlu.json
+    python -m experiments.evaluate --hf DIR --tasks hellaswag,winogrande        # lm-eval's own, from the network
+
+Tasks whose names begin with `local_` (`mfa_jax/evaluate/tasks`) read files in the folder of `--local-data`, and no
+network. Log-likelihoods are computed in batches by length, texts are written through the cache and its decode kernel.
+Needs the extra: pip install "mfa_jax[evaluate]".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import cli
+from experiments.opening import CacheDType, DecodeKernel, Opened, decode_kernel, open_model
+from mfa_jax import axes
+from mfa_jax.config import DType, MeshConfig, require
+from mfa_jax.evaluate import TASKS
+from mfa_jax.model.transformer import Transformer
+
+ONE_DEVICE = MeshConfig(data=1)
+BOOTSTRAP = 1000
+"""Resamples that standard errors are estimated from; in this process, since JAX does not survive a fork."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What is evaluated, and on which tasks."""
+
+    tasks: str
+    """Names of lm-eval's tasks and groups and of ours, separated by commas."""
+    workdir: str | None = None
+    """Folder of a run."""
+    hf: str | None = None
+    """Or a checkpoint: a Hugging Face folder or a .gguf file."""
+    local_data: str | None = None
+    """Folder of the files of the local_ tasks, at any depth."""
+    limit: int | None = None
+    """Only the first so many items of each task; none for all."""
+    num_fewshot: int | None = None
+    """Examples before each item; none for what the task says. The local_ tasks keep theirs."""
+    apply_chat_template: bool = False
+    """Write requests as conversations, with the template of the tokenizer."""
+    system_instruction: str | None = None
+    """What the system says in such a conversation."""
+    max_length: int = 2048
+    """Tokens of a row at most, the answer included; longer contexts lose their beginning."""
+    max_gen_toks: int = 256
+    """Tokens of an answer, where a task does not say."""
+    batch_tokens: int = 4096
+    """Tokens of a batch, padding counted in."""
+    add_bos_token: bool = False
+    """Begin every context with the begin token, which some models were trained to see."""
+    output: str | None = None
+    """File that the results are written to, as JSON; must not exist yet."""
+    log_samples: bool = False
+    """Write every item with what the model said of it there, too."""
+    mesh: MeshConfig = dataclasses.field(default_factory=lambda: ONE_DEVICE)
+    """How batches and parameters lie on the devices."""
+    dtype: DType | None = None
+    """What the model computes in; none for what a run says, and float32 for a checkpoint."""
+    cache_dtype: CacheDType | None = None
+    """Type of the cached arrays in generation; none for the model's."""
+    implementation: DecodeKernel | None = None
+    """Decode kernel; auto takes the device's own where it can serve, none what the model's config says."""
+    tokenizer: str | None = None
+    """Name of the tokenizer in the folder of a checkpoint; none for what it holds."""
+    step: int | None = None
+    """Checkpoint of a run; none for the newest intact one."""
+    ema: bool = False
+    """Read the moving average of a run's weights."""
+    seed: int = 0
+    """Of tasks that sample."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.task_names), "tasks", self.tasks, "must name a task")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "must be at least 1")
+        require(self.num_fewshot is None or self.num_fewshot >= 0, "num_fewshot", self.num_fewshot,
+                "must not be negative")
+        require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "must be at least 1")
+        require(self.system_instruction is None or self.apply_chat_template, "system_instruction",
+                self.system_instruction, "needs --apply-chat-template")
+        require_new(self.output)
+        require(not self.log_samples or self.output is not None, "log_samples", True, "needs --output")
+        require(self.local_data is not None or not any(map(_is_local, self.task_names)), "local_data", None,
+                "must name the folder of the local_ tasks' files")
+
+    @property
+    def task_names(self) -> list[str]:
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]
+
+
+def require_new(output: str | None) -> None:
+    """Refuses a file that can't be written, before anything is computed."""
+    if output is not None:
+        require(not Path(output).exists(), "output", output, "must not exist yet")
+        require(Path(output).parent.is_dir(), "output", output, "must lie in a folder that exists")
+
+
+def _is_local(task: str) -> bool:
+    return task.startswith("local_")
+
+
+def load_tasks(config: EvaluateConfig) -> tuple[Any, list[Any]]:
+    """lm-eval's manager of tasks, and the tasks that were named, with their items.
+
+    Raises:
+      ValueError: lm-eval is not installed, an unknown task, or files that are missing.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError('lm-eval is not installed; pip install "mfa_jax[evaluate]"')
+    from lm_eval.tasks import TaskManager
+
+    os.environ["DISABLE_MULTIPROC"] = "1"  # lm-eval's switch: it would fork to resample
+    # It warns of every default that a task file leaves as it is.
+    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
+    ours = [path.stem for path in TASKS.glob("*.yaml")]
+    # Not the thousands of lm-eval's own files where none of them is asked for.
+    manager = TaskManager(include_path=str(TASKS), include_defaults=not all(map(_is_local, config.task_names)),
+                          metadata={"local_data": config.local_data})
+    for name in config.task_names:
+        close = difflib.get_close_matches(name, manager.all_tasks, n=3) or sorted(ours)
+        require(name in manager.all_tasks, "tasks", name, f"there is no such task; such as {', '.join(close)}")
+    loaded = manager.load(config.task_names)
+    inside = {child for children in loaded["group_map"].values() for child in children}
+    named = {**loaded["groups"], **loaded["tasks"]}
+    return manager, [task for name, task in named.items() if name not in inside]
+
+
+def evaluate(
+    config: EvaluateConfig, opened: Opened, manager: Any, tasks: list[Any], log_samples: bool
+) -> dict[str, Any]:
+    """lm-eval's results, and under `mfa_jax` what was evaluated, and how."""
+    import lm_eval
+
+    from mfa_jax.evaluate.harness import HarnessModel
+
+    start = time.monotonic()
+    model, kernel = decode_kernel(opened.model.config, config.implementation, config.max_length, config.cache_dtype)
+    harness = HarnessModel(
+        Transformer(model), opened.params, opened.tokenizer, max_length=config.max_length,
+        batch_tokens=config.batch_tokens, max_gen_toks=config.max_gen_toks, add_bos_token=config.add_bos_token,
+        cache_dtype=config.cache_dtype, seed=config.seed)
+    found = lm_eval.simple_evaluate(
+        harness, tasks=tasks, task_manager=manager, limit=config.limit, num_fewshot=config.num_fewshot,
+        apply_chat_template=config.apply_chat_template, system_instruction=config.system_instruction,
+        log_samples=log_samples, bootstrap_iters=BOOTSTRAP)
+    found["mfa_jax"] = {
+        "model": opened.name, "attention": model.attention.variant, "dtype": model.dtype, "decode_attention": kernel,
+        "platform": jax.devices()[0].platform, "mesh": dict(jax.sharding.get_mesh().shape),
+        "truncated_requests": harness.truncated, "seconds": round(time.monotonic() - start, 1)}
+    return dict(found)
+
+
+def main(config: EvaluateConfig) -> None:
+    # Tasks first: what is missing is told before a large model is read.
+    manager, tasks = load_tasks(config)
+    mesh = axes.make_mesh(dataclasses.astuple(config.mesh), jax.devices()[:1] if config.mesh == ONE_DEVICE else None)
+    opened = open_model(config.workdir, config.hf, tokenizer=config.tokenizer, dtype=config.dtype, step=config.step,
+                        ema=config.ema, mesh=mesh)
+    with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+        found = evaluate(config, opened, manager, tasks, config.log_samples)
+    write(found, config.output)
+    print(json.dumps(found["mfa_jax"]), file=sys.stderr)
+
+
+def write(found: dict[str, Any], output: str | None) -> None:
+    """The table of results on the terminal, and all of it in a file that appears when it is complete."""
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    print(make_table(found))
+    if found.get("groups"):
+        print(make_table(found, "groups"))
+    if output is not None:
+        partial = Path(output).with_name(f"{Path(output).name}.partial")
+        partial.write_text(json.dumps(found, indent=1, default=handle_non_serializable, ensure_ascii=False) + "\n")
+        partial.rename(output)
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(cli.parse(EvaluateConfig)))

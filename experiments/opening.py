@@ -1,0 +1,80 @@
+"""A model to run, from the folder of a run or from a checkpoint: what several scripts open."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from jax.sharding import Mesh
+
+from mfa_jax.attention import decode_call
+from mfa_jax.config import DType, ModelConfig, require
+from mfa_jax.convert import load_pretrained, pretrained_tokenizer
+from mfa_jax.data import Tokenizer
+from mfa_jax.kernels import default_device, resolve
+from mfa_jax.model.transformer import Transformer
+from mfa_jax.train.run import load_trained
+
+CacheDType = Literal["float32", "bfloat16", "int8", "float8_e4m3fn"]
+DecodeKernel = Literal["auto", "reference", "xla", "mosaic_tpu", "mosaic_tpu_interpret", "mosaic_gpu",
+                       "mosaic_gpu_interpret"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model, its parameters, and its tokenizer."""
+
+    name: str
+    """Where it was found, for messages and records."""
+    model: Transformer
+    params: Any
+    tokenizer: Tokenizer
+
+
+def open_model(
+    workdir: str | None, hf: str | None, *, tokenizer: str | None = None, dtype: DType | None = None,
+    step: int | None = None, ema: bool = False, mesh: Mesh | None = None,
+) -> Opened:
+    """The newest checkpoint of the run in `workdir` (or that of `step`), or the checkpoint at `hf`.
+
+    Args:
+      hf: a Hugging Face folder or a `.gguf` file.
+      tokenizer: name of the tokenizer in the folder `hf`; None for what it holds.
+      dtype: what the model computes in; None for what a run says, and float32 for a checkpoint.
+      mesh: where the parameters are placed; None for the first device.
+
+    Raises:
+      ValueError: not one of both; nothing there, or nothing that fits together.
+      NotImplementedError: a checkpoint that ours does not compute.
+    """
+    require((workdir is None) != (hf is None), "workdir", workdir,
+            f"give the folder of a run (--workdir) or a checkpoint (--hf, here {hf!r}), one of both")
+    if workdir is not None:
+        require(tokenizer is None, "tokenizer", tokenizer, "must be left out: a run keeps its own")
+        trained = load_trained(workdir, step=step, ema=ema, mesh=mesh)
+        config = trained.model.config
+        config = dataclasses.replace(config, dtype=dtype or config.dtype)
+        return Opened(f"{workdir}, step {trained.step}", Transformer(config), trained.params, trained.tokenizer)
+    assert hf is not None
+    require(step is None and not ema, "step", step, "and ema are for the folder of a run")
+    # First the small one: what is missing is told before a large model is read.
+    found = pretrained_tokenizer(hf, tokenizer)
+    config, params = load_pretrained(hf, dtype=dtype or "float32", mesh=mesh)
+    require(found.vocab_size <= config.vocab_size, "tokenizer.vocab_size", found.vocab_size,
+            f"must be at most the model's vocab_size={config.vocab_size}")
+    return Opened(hf, Transformer(config), params, found)
+
+
+def decode_kernel(
+    config: ModelConfig, implementation: DecodeKernel | None, capacity: int, cache_dtype: str | None
+) -> tuple[ModelConfig, str]:
+    """The config with the decode kernel that was asked for (None: its own), and the name of what serves it here.
+
+    Raises:
+      NotImplementedError: the kernel can't serve this model on this device.
+    """
+    if implementation is not None:
+        config = dataclasses.replace(config, decode_implementation=implementation)
+    call = decode_call(config.attention, config.position, capacity=capacity, dtype=config.dtype,
+                       cache_dtype=cache_dtype or config.dtype)
+    return config, resolve(config.decode_implementation, call, default_device())

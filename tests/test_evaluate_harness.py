@@ -1,0 +1,243 @@
+"""What lm-eval asks of the adapter and of our task files, answered without a network."""
+
+from __future__ import annotations
+
+import bz2
+import dataclasses
+import json
+import lzma
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'mfa_jax[evaluate]'")
+
+from experiments.evaluate import EvaluateConfig, load_tasks, main
+from mfa_jax.config import ModelConfig
+from mfa_jax.convert import save_run
+from mfa_jax.data import ByteTokenizer
+from mfa_jax.evaluate import TASKS, complete_until, loglikelihoods
+from mfa_jax.evaluate.harness import HarnessModel
+from mfa_jax.generate import SamplingConfig
+from tests.contract import compiled, model_config
+
+C = compiled(model_config("mfa", vocab_size=264))
+TOKENIZER = ByteTokenizer()
+
+FILES: dict[str, list[dict[str, Any]]] = {
+    "hellaswag_val.jsonl.xz": [{"query": f"A man {i}", "choices": ["sat.", "stood up."], "gold": i % 2}
+                               for i in range(3)],
+    "winogrande_val.jsonl.xz": [{"context_options": ["Ann saw Bob so Ann", "Ann saw Bob so Bob"],
+                                 "continuation": "waved.", "gold": 1}],
+    "mmlu_dev.jsonl.xz": [{"subject": s, "question": f"{s} {i}?", "choices": list("wxyz"), "answer": i % 4}
+                          for s in ("law", "art_history") for i in range(6)],
+    "mmlu_test.jsonl.xz": [{"subject": s, "question": f"asked {s} {i}?", "choices": list("wxyz"), "answer": 3}
+                           for s in ("law", "art_history") for i in range(2)],
+    "bbh.jsonl.xz": [{"task": t, "input": f"{t} {i}", "target": f"({i})"} for t in ("a", "b") for i in range(4)],
+    "math_test.jsonl.xz": [{"context": f"{i}?", "answer": "\\frac{1}{2}", "chain_of_thought": "\\boxed{\\frac12}",
+                            "category": "algebra"} for i in range(5)],
+}
+WIKITEXT = " \n = One = \n \n Text . \n = = Part = = \n \n more \n = Two = \n \n Other text . \n"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Evaluation files of a few rows, in a folder of the folder."""
+    folder = tmp_path / "data" / "eval"
+    folder.mkdir(parents=True)
+    for name, rows in FILES.items():
+        with lzma.open(folder / name, "wt") as file:
+            file.write("".join(f"{json.dumps(row)}\n" for row in rows))
+    (folder / "wikitext2-test.txt.bz2").write_bytes(bz2.compress(WIKITEXT.encode()))
+    return tmp_path / "data"
+
+
+def adapter(**options: Any) -> HarnessModel:
+    return HarnessModel(C.model, C.params, TOKENIZER, batch_tokens=256, **options)
+
+
+def ask(*args: Any) -> Any:
+    return SimpleNamespace(args=args)
+
+
+def tasks_of(names: str, data: Path) -> dict[str, Any]:
+    _, tasks = load_tasks(EvaluateConfig(tasks=names, workdir="unused", local_data=str(data)))
+    return {task.config.task: task for task in tasks}
+
+
+# ---- the adapter -----------------------------------------------------------------------------------------------
+
+
+def test_pairs_of_texts() -> None:
+    """A blank that ends a context belongs to the continuation; no context is the begin token."""
+    pairs = [("The ", "cat"), ("The", " cat"), ("", "cat")]
+    found = adapter().loglikelihood([ask(*pair) for pair in pairs], disable_tqdm=True)
+    assert found[0] == found[1]
+    expected = loglikelihoods(C.model, C.params, [
+        (list(b"The"), list(b" cat")), ([TOKENIZER.bos_id], list(b"cat"))])
+    np.testing.assert_allclose([found[0][0], found[2][0]], [score.logprob for score in expected], atol=1e-5)
+
+
+def test_a_long_context_loses_its_beginning() -> None:
+    harness = adapter(max_length=6)
+    cut, short = harness.loglikelihood([ask("abcdefgh", "xy"), ask("defgh", "xy")], disable_tqdm=True)
+    assert cut == short and harness.truncated == 1
+    with pytest.raises(ValueError, match="max_length=6: must be at least 7"):
+        harness.loglikelihood([ask("a", "1234567")], disable_tqdm=True)
+
+
+def test_rolling_windows_say_each_token_once() -> None:
+    """Windows of 4 over 10 tokens, by hand: the last one has a full context and two tokens to say."""
+    ids = list(b"0123456789")
+    windows = [([TOKENIZER.bos_id], ids[:4]), (ids[3:4], ids[4:8]), (ids[5:8], ids[8:])]
+    expected = sum(score.logprob for score in loglikelihoods(C.model, C.params, windows))
+    found = adapter(max_length=4).loglikelihood_rolling([ask("0123456789"), ask("01")], disable_tqdm=True)
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    one = loglikelihoods(C.model, C.params, [([TOKENIZER.bos_id], ids[:2])])[0].logprob
+    np.testing.assert_allclose(found[1], one, atol=1e-5)
+
+
+def test_generation_does_what_each_task_says() -> None:
+    """Stop strings and lengths of each request, in the order of the requests."""
+    prompts = ["once", "twice", "a"]
+    whole = complete_until(C.model, C.params, TOKENIZER, [list(p.encode()) for p in prompts], [],
+                           SamplingConfig(temperature=0), jax.random.key(0), max_new_tokens=16)
+    stop = whole[2][3:5]
+    requests = [ask("once", {"until": [], "max_gen_toks": 16}), ask("twice", {"max_gen_toks": 5}),
+                ask("a", {"until": stop, "max_gen_toks": 16, "do_sample": False})]
+    found = adapter().generate_until(requests, disable_tqdm=True)
+    assert found[0] == whole[0] and found[2] == whole[2][: whole[2].find(stop)]
+    assert whole[1].startswith(found[1].rstrip("\ufffd"))
+    with pytest.raises(ValueError, match=r"generation_kwargs=\['num_beams'\]: must be among until"):
+        adapter().generate_until([ask("a", {"num_beams": 2})], disable_tqdm=True)
+    with pytest.raises(ValueError, match="max_gen_toks=8: must be below max_length=8"):
+        adapter(max_length=8).generate_until([ask("a", {"max_gen_toks": 8})], disable_tqdm=True)
+
+
+def test_by_name_from_a_run(tmp_path: Path) -> None:
+    from lm_eval.api.registry import get_model
+
+    save_run(tmp_path / "run", C.config, C.params, TOKENIZER)
+    assert get_model("mfa_jax") is HarnessModel
+    harness = HarnessModel.create_from_arg_obj({"workdir": str(tmp_path / "run"), "max_length": 64}, {"device": None})
+    mine, its = (h.loglikelihood([ask("a", "b")], disable_tqdm=True) for h in (adapter(), harness))
+    assert mine == its and harness.max_length == 64
+    with pytest.raises(ValueError, match="batch_size=4: does not apply"):
+        HarnessModel.create_from_arg_obj({"workdir": "x"}, {"batch_size": 4})
+    with pytest.raises(ValueError, match="must hold workdir"):
+        HarnessModel.create_from_arg_obj({"pretrained": "x"})
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"max_length": 1}, "max_length=1: must be at least 2"),
+    ({"max_gen_toks": 0}, "max_gen_toks=0"),
+])
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adapter(**options)
+    small = dataclasses.replace(C.model, config=ModelConfig(vocab_size=100))
+    with pytest.raises(ValueError, match="tokenizer.vocab_size=264: must be at most"):
+        HarnessModel(small, C.params, TOKENIZER)
+
+
+def test_a_tokenizer_without_a_template_cannot_chat() -> None:
+    with pytest.raises(ValueError, match="tokenizer='ByteTokenizer': has no chat template"):
+        adapter().apply_chat_template([{"role": "user", "content": "a"}])
+
+
+# ---- the task files --------------------------------------------------------------------------------------------
+
+
+def test_every_task_file_has_a_task_of_its_name() -> None:
+    names = [path.stem for path in TASKS.glob("*.yaml")]
+    assert len(names) == 11
+    for path in TASKS.glob("*.yaml"):
+        assert f"task: {path.stem}\n" in path.read_text()
+
+
+def test_prompts(files: Path) -> None:
+    """MMLU shows five examples of the subject and turns through the subjects; BBH and MATH never ask what they show."""
+    tasks = tasks_of("local_mmlu,local_bbh,local_math,local_winogrande,local_wikitext2", files)
+    mmlu = list(tasks["local_mmlu"].eval_docs)
+    assert [doc["subject"] for doc in mmlu] == ["law", "art_history"] * 2
+    prompt = tasks["local_mmlu"].doc_to_text(mmlu[1])
+    assert prompt.startswith("The following are multiple choice questions (with answers) about art history.\n\n")
+    assert prompt.count("Answer:") == 6 and "art_history 5?" not in prompt and prompt.endswith(
+        "asked art_history 0?\nA. w\nB. x\nC. y\nD. z\nAnswer:")
+    bbh = list(tasks["local_bbh"].eval_docs)
+    assert [doc["input"] for doc in bbh] == ["a 3", "b 3"]
+    assert tasks["local_bbh"].doc_to_text(bbh[0]) == "Q: a 0\nA: (0)\n\nQ: a 1\nA: (1)\n\nQ: a 2\nA: (2)\n\nQ: a 3\nA:"
+    math = tasks["local_math"]
+    (doc,) = math.eval_docs
+    assert doc["context"] == "4?"
+    assert math.process_results(doc, ["so $\\boxed{\\frac12}$"]) == {"exact_match": 1}
+    assert math.process_results(doc, ["so $\\boxed{2}$"]) == math.process_results(doc, ["2"]) == {"exact_match": 0}
+    (doc,) = tasks["local_winogrande"].eval_docs
+    assert tasks["local_winogrande"].doc_to_choice(doc) == doc["context_options"]
+    pages = [doc["text"] for doc in tasks["local_wikitext2"].eval_docs]
+    assert [page.split("\n")[0] for page in pages] == [" = One = ", " = Two = "] and " = = Part" in pages[0]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("hellaswag_val.jsonl.xz", None, "holds no hellaswag_val.jsonl.xz"),
+    ("hellaswag_val.jsonl.xz", '{"query": "a", "choices": []}\n', "hellaswag_val.jsonl.xz:1.*lacks gold"),
+    ("hellaswag_val.jsonl.xz", '{"query": "a"', "line 1 cannot be read"),
+    ("hellaswag_val.jsonl.xz", "", "has no rows"),
+])
+def test_files_that_cannot_be_read(files: Path, name: str, content: str | None, message: str) -> None:
+    path = files / "eval" / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(lzma.compress(content.encode()))
+    with pytest.raises(ValueError, match=message):
+        tasks_of("local_hellaswag", files)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"tasks": ""}, "tasks='': must name a task"),
+    ({"local_data": None}, "local_data=None: must name the folder"),
+    ({"limit": 0}, "limit=0"),
+    ({"num_fewshot": -1}, "num_fewshot=-1"),
+    ({"output": "/nowhere/found.json"}, "output='/nowhere/found.json': must lie in a folder that exists"),
+    ({"log_samples": True}, "log_samples=True: needs --output"),
+    ({"system_instruction": "x"}, "system_instruction='x': needs --apply-chat-template"),
+])
+def test_bad_flags_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvaluateConfig(**{"tasks": "local_bbh", "local_data": "x", **changes})
+
+
+def test_an_unknown_task_is_named_with_its_neighbours(files: Path) -> None:
+    with pytest.raises(ValueError, match="tasks='local_helaswag': there is no such task; such as local_hellaswag"):
+        tasks_of("local_helaswag", files)
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_to_a_file(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_run(tmp_path / "run", C.config, C.params, TOKENIZER)
+    output = tmp_path / "found.json"
+    main(EvaluateConfig(tasks="local_hellaswag,local_bbh,local_wikitext2", workdir=str(tmp_path / "run"),
+                        local_data=str(files), output=str(output), log_samples=True, max_gen_toks=8))
+    found = json.loads(output.read_text())
+    samples = found["samples"]["local_hellaswag"]
+    assert len(samples) == 3
+    right = [max(range(2), key=lambda i: float(s["resps"][i][0][0])) == s["doc"]["gold"] for s in samples]
+    assert found["results"]["local_hellaswag"]["acc,none"] == np.mean(right)
+    assert found["mfa_jax"]["attention"] == "mfa" and found["mfa_jax"]["decode_attention"] == "xla"
+    assert "local_wikitext2" in capsys.readouterr().out and not list(tmp_path.glob("*.partial"))
+    with pytest.raises(ValueError, match="must not exist yet"):
+        EvaluateConfig(tasks="local_bbh", local_data="x", output=str(output))
+
+
+@pytest.mark.slow
+def test_no_torch_is_needed() -> None:
+    code = ("import sys; sys.modules['torch'] = None; import lm_eval, mfa_jax.evaluate.harness; "
+            "from lm_eval.tasks import TaskManager")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
