@@ -281,8 +281,10 @@ class Checkpoints:
 
     def _unfinished(self) -> dict[int, epath.Path]:
         """Folders of saves that were cut off, by step; orbax would delete one when it saves that step again."""
-        paths = self.folder.iterdir() if self.folder.exists() else ()
-        return {int(match[1]): path for path in paths if (match := _UNFINISHED.fullmatch(path.name))}
+        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        # As process 0 saw them: it may move them away before another has looked.
+        names = json.loads(processes.gather(json.dumps(names))[0])
+        return {int(match[1]): self.folder / name for name in names if (match := _UNFINISHED.fullmatch(name))}
 
     def _move_aside(self, paths: Mapping[int, epath.Path]) -> None:
         target = self.folder.parent / f"{self.folder.name}-damaged"
