@@ -1,10 +1,11 @@
-"""One process of a job that saves a large array, or reads it back: what of it comes to this host?
+"""One process of a job that reads a large array: what of it comes to this host?
 
-    python -m experiments.launch --processes 4 -- -m experiments.faults.elastic --folder F --save
-    python -m experiments.launch --processes 2 -- -m experiments.faults.elastic --folder F
+    python -m experiments.faults.elastic --folder one --make
+    python -m experiments.launch --processes 4 -- -m experiments.faults.elastic --folder one --again four
+    python -m experiments.launch --processes 2 -- -m experiments.faults.elastic --folder four
 
-The array is split over all devices. Reading prints a JSON object for each process: bytes of the array, of this
-process's part, read from files, and by how much the most memory that the process ever held grew.
+The array is split over all devices. Each process prints a JSON object: bytes of the array, of this process's part, read
+from files, and by how much the most memory that the process ever held grew (buffers, and what checks the sum, too).
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ SHAPE = (8192, 8192)
 
 @dataclasses.dataclass(frozen=True)
 class ElasticConfig:
-    """Saves the array as step 1 of a folder, or reads the newest step."""
+    """Reads the array from the checkpoint in a folder, and may save it again."""
 
     folder: str = "elastic"
-    """Folder of the checkpoints, that all processes share."""
-    save: bool = False
-    """Save instead of reading."""
+    """Folder of the checkpoint, that all processes share."""
+    make: bool = False
+    """Save a new array there instead of reading."""
+    again: str | None = None
+    """Folder to save to what was read; none for not at all."""
 
 
 def array_at(mesh: jax.sharding.Mesh) -> jax.Array:
@@ -75,11 +78,18 @@ def _peak_bytes() -> int:
 def main() -> None:
     config = parse(ElasticConfig)
     with cluster.joined():
-        if config.save:
-            with Checkpoints(config.folder) as checkpoints:
-                checkpoints.save(1, {"large": {"w": array_at(mesh_of_all())}}, {}, wait=True)
-        else:
-            sys.stdout.write(json.dumps(restore(config.folder)[1]) + "\n")
+        if config.make:
+            _save(config.folder, array_at(mesh_of_all()))
+            return
+        array, report = restore(config.folder)
+        sys.stdout.write(json.dumps(report) + "\n")
+        if config.again is not None:
+            _save(config.again, array)
+
+
+def _save(folder: str, array: jax.Array) -> None:
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(1, {"large": {"w": array}}, {}, wait=True)
 
 
 if __name__ == "__main__":
