@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import jax
 import pytest
 from etils import epath
 
@@ -118,6 +119,24 @@ def test_a_folder_of_one_host_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
     (tmp_path / "run" / ".write-test-0-99").write_text("")
     processes.require_shared(epath.Path(tmp_path) / "run")
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".write-test-0-99"]
+
+
+@pytest.mark.parametrize(("message", "waits"), [("Connection closed by peer", True), ("RESOURCE_EXHAUSTED: 9G", False)])
+def test_a_failure_of_devices_waits_for_a_number_whatever_was_made_of_it(
+    message: str, waits: bool, others: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others.append("")
+    slept: list[float] = []
+    monkeypatch.setattr(processes.time, "sleep", slept.append)
+    with pytest.raises(OSError, match="not written"), processes.naming_the_lost():
+        try:
+            raise jax.errors.JaxRuntimeError(message)
+        except jax.errors.JaxRuntimeError as error:
+            raise OSError(5, "checkpoint was not written") from error
+    assert [seconds > processes.HEARTBEAT_SECONDS for seconds in slept] == [True] * waits
+    with pytest.raises(ValueError, match="steps"), processes.naming_the_lost():
+        raise ValueError("steps")
+    assert len(slept) == waits
 
 
 def test_one_process_stops_at_its_own_signal() -> None:

@@ -3,11 +3,11 @@
     python -m experiments.faults.processes --output experiments/results/faults
     python -m experiments.faults.processes --kills 2 --terminations 1 --meshes data=4 tensor=4
 
-First the same 20 steps by four processes and by one, for each mesh. Then one of four processes is killed, again and
-again, and the run goes on with four or with two: survived where the others end by themselves within 60 s and name the
-process that was lost, and the next start goes on from the newest complete checkpoint. One of four is told to stop:
-survived where all save the same step. At the end the history must be that of a run that nothing befell: the loss of
-each step, and the rows of each batch. Writes `processes.json` and prints tables. Exit code 1 if anything was lost.
+One of four processes is killed, again and again, and the run goes on with four or with two: survived where the others
+end by themselves within 60 s and name the process that was lost, and each start goes on from the newest checkpoint that
+was complete. One of four is told to stop: survived where all save the same step. At the end the history must be that of
+a run that nothing befell: the loss of each step, and the rows of each batch. Then the same 20 steps by four processes
+and by one, for each mesh. Writes `processes.json` and prints a table. Exit code 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import dataclasses
 import datetime
 import email
 import json
+import math
 import os
 import platform
 import random
@@ -23,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +33,10 @@ import jax
 from experiments import cli
 from experiments.faults.outcome import Outcome, table
 from experiments.faults.recorded_train import wrong_batches
-from experiments.faults.rehearsal import Rehearsal, names_the_lost
+from experiments.faults.rehearsal import Job, Rehearsal, names_the_lost
 
 STEPS, TOLERANCE, NOTICE_SECONDS = 20, 1e-5, 60.0
+TOLERANCE_LONG = 1e-3  # a hundred steps and more, over which rounding grows
 LONG = 10**6
 """Steps that no run here reaches."""
 MESHES = ("data=4", "fsdp=4", "tensor=4", "context=4", "expert=4", "data=2,fsdp=2", "fsdp=2,tensor=2",
@@ -95,110 +98,135 @@ def difference(found: dict[int, float], expected: dict[int, float]) -> float:
     return max(abs(found[step] - loss) / loss for step, loss in expected.items())
 
 
-def equality(bench: Bench, meshes: tuple[str, ...]) -> list[dict[str, Any]]:
-    rows = []
+def equality(bench: Bench, meshes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The same steps by four processes on each mesh, against one process."""
     for mesh in meshes:
         preset = "tiny-mfa-moe" if "expert" in mesh else "tiny-mfa"
         expected = bench.alone(f"alone-{preset}", STEPS, preset)
-        devices = 1
-        for part in mesh.split(","):
-            devices *= int(part.partition("=")[2])
+        devices = math.prod(int(part.partition("=")[2]) for part in mesh.split(","))
         run = bench.run(f"mesh-{mesh}", preset, "--save-every", "100000")
         job = run.start(4, STEPS, *mesh_flags(mesh), launch=("--devices-per-process", str(devices // 4)))
         assert job.wait() == 0, job.said()
-        rows.append({"mesh": mesh, "preset": preset, "processes": 4, "devices": devices, "steps": STEPS,
-                     "largest relative difference of the loss": difference(run.losses(), expected),
-                     "wrong batches": wrong_batches(run.workdir, [0])})
-        print(rows[-1], flush=True)
-    return rows
+        yield {"mesh": mesh, "preset": preset, "processes": 4, "devices": devices, "steps": STEPS,
+               "largest relative difference of a loss": difference(run.losses(), expected),
+               "batches with other rows": len(wrong_batches(run.workdir, [0]))}
 
 
-def saving(run: Rehearsal) -> bool:
-    return any(".orbax" in path.name for path in (run.workdir / "checkpoints").iterdir())
+class Befallen:
+    """One run of many starts, and what befalls it."""
 
+    def __init__(self, bench: Bench, seed: int) -> None:
+        self.run = bench.run("befallen", "tiny-mfa", "--save-every", "3", "--keep-checkpoints", "3")
+        self.moments = random.Random(seed)
+        self.resumed_at: list[int] = []
+        self.seconds: list[float] = []
 
-def befall(bench: Bench, config: FaultsConfig) -> list[Outcome]:
-    """Kills and terminations, all of one run."""
-    moments = random.Random(config.seed)
-    run = bench.run("befallen", "tiny-mfa", "--save-every", "3", "--keep-checkpoints", "3")
-    four = mesh_flags("fsdp=2,tensor=2")
-    killed = Outcome("SIGKILL of one of four processes, started again")
-    termed = Outcome("SIGTERM to one of four processes")
-    starts: list[int] = []
-    seconds: list[float] = []
-    for turn in range(config.kills):
-        victim, meant = turn % 4, run.saved()[-1] if run.saved() else 0
-        job = run.start(4, LONG, *four, launch=("--no-stop-others",))
-        wait_for = max(run.losses(), default=0) + moments.randint(4, 9)
-        job.until(lambda: max(run.losses(), default=0) >= wait_for)
-        if turn % 2:
-            job.until(lambda: saving(run))
+    def kill(self, victim: int, in_a_save: bool) -> list[str]:
+        """SIGKILL to one of four; what was lost."""
+        job, complete = self._start_four("--no-stop-others")
+        if in_a_save:
+            job.until(self._saving)
         job.tell(victim, signal.SIGKILL)
         began = time.monotonic()
         job.wait()
-        seconds.append(round(time.monotonic() - began, 1))
-        starts.append(job.resumed_at())
-        unnamed = [i for i in range(4) if i != victim and not names_the_lost(job.said(i), victim)]
-        lost = ([f"{seconds[-1]} s"] if seconds[-1] > NOTICE_SECONDS else []) + [
-            f"process {i} does not name {victim}: {job.said(i)[-300:]}" for i in unnamed] + (
-            [f"resumed at {starts[-1]}, complete was {meant}"] if starts[-1] != meant else [])
-        # Every other time the run goes on with two processes and another mesh before there are four again.
-        lost += _with_two(run, starts) if turn % 4 in (1, 2) else []
+        self.seconds.append(round(time.monotonic() - began, 1))
+        lost = [f"process {i} does not name {victim}: {job.said(i)[-300:]}"
+                for i in range(4) if i != victim and not names_the_lost(job.said(i), victim)]
+        if self.seconds[-1] > NOTICE_SECONDS:
+            lost.append(f"the others ended after {self.seconds[-1]} s")
+        return lost + self._not_resumed(job, complete)
+
+    def terminate(self, victim: int) -> list[str]:
+        """SIGTERM to one of four; what was lost."""
+        job, complete = self._start_four()
+        job.tell(victim, signal.SIGTERM)
+        code, step = job.wait(), self.run.saved()[-1]
+        lost = [f"exit code {code}"] if code else []
+        if f"stopped at step {step};" not in job.said(0):
+            lost.append(f"saved {step}: {job.said(0)[-300:]}")
+        return lost + self._not_resumed(job, complete)
+
+    def go_on_with_two(self) -> list[str]:
+        """A few steps on another mesh; what was lost."""
+        complete = self.run.saved()[-1]
+        job = self.run.start(2, complete + 4, *mesh_flags("tensor=2"))
+        code = job.wait()
+        return ([f"two processes: exit code {code}: {job.said()[-300:]}"] if code else []) + self._not_resumed(
+            job, complete)
+
+    def _start_four(self, *launch: str) -> tuple[Job, int]:
+        """Four processes that have done a few steps, and the newest checkpoint that was complete before."""
+        complete = self.run.saved()[-1] if self.run.saved() else 0
+        steps = max(self.run.losses(), default=0) + self.moments.randint(4, 9)
+        job = self.run.start(4, LONG, *mesh_flags("fsdp=2,tensor=2"), launch=launch)
+        job.until(lambda: job.trained() and max(self.run.losses(), default=0) >= steps)
+        return job, complete
+
+    def _saving(self) -> bool:
+        return any(".orbax" in path.name for path in (self.run.workdir / "checkpoints").iterdir())
+
+    def _not_resumed(self, job: Job, complete: int) -> list[str]:
+        self.resumed_at.append(job.resumed_at())
+        return [] if job.resumed_at() == complete else [f"resumed at {job.resumed_at()}, complete was {complete}"]
+
+
+def befall(bench: Bench, config: FaultsConfig) -> Iterator[Outcome]:
+    """Kills and terminations, all of one run, and what became of its history."""
+    befallen = Befallen(bench, config.seed)
+    killed = Outcome("SIGKILL of one of four processes, started again with four or with two")
+    for turn in range(config.kills):
+        lost = befallen.kill(turn % 4, in_a_save=turn % 2 == 1)
+        lost += befallen.go_on_with_two() if turn % 4 in (1, 2) else []
         killed.add("; ".join(lost) or None)
-        print(f"kill {turn + 1}: process {victim}, the others ended after {seconds[-1]} s; {lost or 'survived'}", flush=True)
-    killed.notes = {"seconds until the others had ended": seconds, "victims": [i % 4 for i in range(config.kills)]}
-    steps = []
+        print(f"kill {turn + 1}: {befallen.seconds[-1]} s; {lost or 'survived'}", flush=True)
+    killed.notes = {"seconds until the others had ended": befallen.seconds}
+    yield killed
+    told = Outcome("SIGTERM to one of four processes: all save the same step")
     for turn in range(config.terminations):
-        meant = run.saved()[-1] if run.saved() else 0
-        job = run.start(4, LONG, *four)
-        wait_for = max(run.losses(), default=0) + moments.randint(3, 8)
-        job.until(lambda: max(run.losses(), default=0) >= wait_for)
-        job.tell(turn % 4, signal.SIGTERM)
-        code, starts = job.wait(), [*starts, job.resumed_at()]
-        steps.append(run.saved()[-1])
-        lost = ([f"exit code {code}"] if code else []) + (
-            [] if f"stopped at step {steps[-1]};" in job.said(0) else [f"saved {steps[-1]}: {job.said(0)[-300:]}"]) + (
-            [f"resumed at {starts[-1]}, complete was {meant}"] if starts[-1] != meant else [])
-        termed.add("; ".join(lost) or None)
-        print(f"termination {turn + 1}: process {turn % 4}, all saved {steps[-1]}; {lost or 'survived'}", flush=True)
-    termed.notes = {"saved by all": steps}
-    last = run.saved()[-1]
-    history = Outcome("the history of all these starts against one process that nothing befell")
-    found = {step: loss for step, loss in run.losses().items() if step <= last}
-    gap = difference(found, bench.alone("alone-tiny-mfa", last))
-    wrong = wrong_batches(run.workdir, starts)
-    history.add("; ".join(wrong + ([f"losses differ by {gap:.1e}"] if gap > 10 * TOLERANCE else [])) or None)
-    history.notes = {"steps": last, "starts": len(starts), "largest relative difference of the loss": gap,
+        told.add("; ".join(befallen.terminate(turn % 4)) or None)
+        print(f"termination {turn + 1}: {told.lost or 'survived'}", flush=True)
+    yield told
+    yield history(bench, befallen)
+
+
+def history(bench: Bench, befallen: Befallen) -> Outcome:
+    last = befallen.run.saved()[-1]
+    found = {step: loss for step, loss in befallen.run.losses().items() if step <= last}
+    apart = difference(found, bench.alone("alone-tiny-mfa", last))
+    wrong = wrong_batches(befallen.run.workdir, befallen.resumed_at)
+    outcome = Outcome("all these starts together, against one process that nothing befell")
+    outcome.add("; ".join(wrong + ([f"losses differ by {apart:.1e}"] if apart > TOLERANCE_LONG else [])) or None)
+    outcome.notes = {"starts": len(befallen.resumed_at), "steps": last, "largest relative difference of a loss": apart,
                      "batches with other rows": len(wrong)}
-    return [killed, termed, history]
-
-
-def _with_two(run: Rehearsal, starts: list[int]) -> list[str]:
-    meant = run.saved()[-1]
-    job = run.start(2, meant + 4, *mesh_flags("tensor=2"))
-    code = job.wait()
-    starts.append(job.resumed_at())
-    return ([f"two processes: exit code {code}: {job.said()[-300:]}"] if code else []) + (
-        [f"two processes resumed at {starts[-1]}, complete was {meant}"] if starts[-1] != meant else [])
+    return outcome
 
 
 def main() -> None:
     config = cli.parse(FaultsConfig)
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder))
-        equal = equality(bench, config.meshes)
-        outcomes = befall(bench, config)
-    found = {
+    found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(), "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         "python": platform.python_version(), "jax": jax.__version__, "config": dataclasses.asdict(config),
-        "faults": [{**dataclasses.asdict(outcome), "lost": len(outcome.lost), "what": outcome.lost}
-                   for outcome in outcomes], "equality": equal}
+        "faults": [], "equality": []}
+    outcomes: list[Outcome] = []
+
+    def keep() -> None:
+        if config.output is not None:
+            Path(config.output).mkdir(parents=True, exist_ok=True)
+            (Path(config.output) / "processes.json").write_text(json.dumps(found, indent=2) + "\n")
+
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        for outcome in befall(bench, config):
+            outcomes.append(outcome)
+            found["faults"].append({**dataclasses.asdict(outcome), "lost": len(outcome.lost), "what": outcome.lost})
+            keep()
+        for row in equality(bench, config.meshes):
+            found["equality"].append(row)
+            print(row, flush=True)
+            keep()
     print(table(outcomes))
-    if config.output is not None:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        (Path(config.output) / "processes.json").write_text(json.dumps(found, indent=1) + "\n")
-    apart = [row for row in equal
-             if row["largest relative difference of the loss"] > TOLERANCE or row["wrong batches"]]
+    apart = [row for row in found["equality"] if row["largest relative difference of a loss"] > TOLERANCE
+             or row["batches with other rows"]]
     if apart or any(outcome.lost for outcome in outcomes):
         print(f"lost: {[*apart, *(outcome.lost for outcome in outcomes if outcome.lost)]}", file=sys.stderr)
         sys.exit(1)

@@ -61,7 +61,8 @@ def wrong_batches(workdir: Path, resumed_at: Sequence[int]) -> list[str]:
       resumed_at: the step that each start went on from, in the order of the starts.
     """
     config = load_json(TrainConfig, workdir / CONFIG)
-    lines = [json.loads(line) for file in sorted(workdir.glob("rows-*.jsonl")) for line in file.read_text().splitlines()]
+    files = sorted(workdir.glob("rows-*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     last = max(line["batch"] for line in lines)
     loader = make_loader(open_prepared(workdir / DATA), config.data)
     expected = [sorted(digests(next(loader))) for _ in range(last + 1)]

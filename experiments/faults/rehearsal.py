@@ -90,6 +90,10 @@ class Job:
         return text if process is None else "\n".join(
             line.removeprefix(mine) for line in text.splitlines() if line.startswith(mine))
 
+    def trained(self) -> bool:
+        """Whether it has done a step; only then the metrics beyond where it goes on from are its own."""
+        return re.search(r"step \d+/\d+  loss", self.said()) is not None
+
     def resumed_at(self) -> int:
         """The step that it went on from, 0 for none."""
         found = re.search(r"resumed at step (\d+)", self.said())

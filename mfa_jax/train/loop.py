@@ -56,6 +56,7 @@ class TrainResult:
     """The last metrics, of training and, as `eval_*`, on the held-out documents."""
 
 
+@processes.naming_the_lost()
 def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.Device] | None = None) -> TrainResult:
     """Trains until `config.steps`, going on from the newest intact checkpoint of `config.workdir` if there is one.
 
@@ -95,7 +96,6 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
             MetricsWriter(workdir, start_step=start, enabled=leader) as writer,
             Progress(config.steps, start=start, enabled=progress and leader) as bar,
             processes.stop_signals() as stop,
-            processes.naming_the_lost(),
         ):
             if restored is not None:
                 bar.print(f"resumed at step {start} from {checkpoints.folder}")

@@ -39,12 +39,20 @@ def naming_the_lost() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in str(error):
-            log.error("a step failed (%s); if that is for a lost process, its number follows within %d s",
-                      str(error).splitlines()[0][:200], HEARTBEAT_SECONDS)
+    except Exception as error:
+        failure = _device_failure(error)
+        if failure is not None and jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in str(failure):
+            log.error("devices failed (%s); if that is for a lost process, its number follows within %d s",
+                      str(failure).splitlines()[0][:200], HEARTBEAT_SECONDS)
             time.sleep(1.2 * HEARTBEAT_SECONDS)
         raise
+
+
+def _device_failure(error: BaseException | None) -> BaseException | None:
+    """What JAX raised first, whatever was made of it since: a checkpoint that was not written, say."""
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def gather(text: str) -> list[str]:
