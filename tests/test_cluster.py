@@ -121,17 +121,21 @@ def test_a_folder_of_one_host_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".write-test-0-99"]
 
 
-@pytest.mark.parametrize(("message", "waits"), [("Connection closed by peer", True), ("RESOURCE_EXHAUSTED: 9G", False)])
+@pytest.mark.parametrize(("failure", "waits"), [
+    (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"), True),
+    (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+])
 def test_a_failure_of_devices_waits_for_a_number_whatever_was_made_of_it(
-    message: str, waits: bool, others: list[str], monkeypatch: pytest.MonkeyPatch
+    failure: Exception, waits: bool, others: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others.append("")
     slept: list[float] = []
     monkeypatch.setattr(processes.time, "sleep", slept.append)
     with pytest.raises(OSError, match="not written"), processes.naming_the_lost():
         try:
-            raise jax.errors.JaxRuntimeError(message)
-        except jax.errors.JaxRuntimeError as error:
+            raise failure
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
             raise OSError(5, "checkpoint was not written") from error
     assert [seconds > processes.HEARTBEAT_SECONDS for seconds in slept] == [True] * waits
     with pytest.raises(ValueError, match="steps"), processes.naming_the_lost():

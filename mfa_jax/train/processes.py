@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 30
 """A process that was not heard of for so long is lost. JAX's coordinator then ends the others, and names it to them."""
 _PATIENCE_MS = 7 * 24 * 3600 * 1000  # preparing a corpus takes what it takes; a process that is lost ends the waiting
+# What the devices or the coordinator of a job say. JAX makes it a JaxRuntimeError here, and a ValueError there.
+_STATUS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 _T = TypeVar("_T")
 _turn = itertools.count()
 
@@ -41,7 +44,7 @@ def naming_the_lost() -> Iterator[None]:
         yield
     except Exception as error:
         failure = _device_failure(error)
-        if failure is not None and jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in str(failure):
+        if failure is not None and jax.process_count() > 1:
             log.error("devices failed (%s); if that is for a lost process, its number follows within %d s",
                       str(failure).splitlines()[0][:200], HEARTBEAT_SECONDS)
             time.sleep(1.2 * HEARTBEAT_SECONDS)
@@ -50,7 +53,7 @@ def naming_the_lost() -> Iterator[None]:
 
 def _device_failure(error: BaseException | None) -> BaseException | None:
     """What JAX raised first, whatever was made of it since: a checkpoint that was not written, say."""
-    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+    while error is not None and not _STATUS.match(str(error)):
         error = error.__cause__ or error.__context__
     return error
 
