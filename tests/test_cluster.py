@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from mfa_jax.train import processes
-from mfa_jax.train.cluster import Cluster, find_cluster
+from mfa_jax.train.cluster import Cluster, find_cluster, joined, label
 
 SLURM = {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -60,6 +60,15 @@ def test_explicit_settings_are_taken_as_they_are() -> None:
 def test_what_is_not_clear_is_refused(environment: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_cluster(environment, tpu=False)
+
+
+def test_a_cluster_that_jax_cannot_join_is_no_run_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MFA_JAX_CLUSTER", "ompi")
+    with pytest.raises(ValueError, match=r"=ompi: .* which JAX cannot join \(\w*Error: "), joined():
+        raise AssertionError("went on alone")
+    monkeypatch.setenv("MFA_JAX_CLUSTER", "none")
+    with joined():
+        assert label() == ""
 
 
 # ---- agreement: what the others say comes from a list ----

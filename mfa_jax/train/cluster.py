@@ -132,9 +132,10 @@ def joined() -> Iterator[None]:
         jax.distributed.initialize(
             cluster.address, cluster.count, cluster.index, cluster_detection_method=cluster.method,
             heartbeat_timeout_seconds=processes.HEARTBEAT_SECONDS, shutdown_timeout_seconds=_GOODBYE_SECONDS)
-    except ValueError as error:
+    except (ValueError, KeyError, RuntimeError, OSError) as error:  # by the kind of cluster and what it lacks
         raise ValueError(f"{cluster.reason}: says that this is a process of a cluster ({cluster.method}), which JAX "
-                         f"cannot join ({error}); {CLUSTER}=none trains as one process") from error
+                         f"cannot join ({type(error).__name__}: {error}); {CLUSTER}=none trains as one process"
+                         ) from error
     sys.stderr.write(f"{label()}joined by {cluster.reason}; process 0 coordinates at "
                      f"{distributed.global_state.coordinator_address}, and where it is lost, all are\n")
     yield
