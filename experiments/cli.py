@@ -35,8 +35,11 @@ _USER_ERRNO = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, e
 _MISTAKES = (ZeroDivisionError, OverflowError, FloatingPointError)
 
 
-def run(main: Callable[[], object]) -> None:
+def run(main: Callable[[], object], label: Callable[[], str] = str) -> None:
     """Calls `main()`, reports what it raises, and exits.
+
+    Args:
+      label: gives what an error's line has behind `error: `, such as which process it is of.
 
     Raises:
       SystemExit: with one line `error: ...` on stderr, code 2 after a `ValueError`, a `NotImplementedError`, or an
@@ -55,7 +58,7 @@ def run(main: Callable[[], object]) -> None:
         not_ours = isinstance(error, _MISTAKES) or (isinstance(error, OSError) and error.errno not in _USER_ERRNO)
         if sys.flags.dev_mode or not_ours:
             raise
-        print(f"error: {_describe(error)}", file=sys.stderr)
+        print(f"error: {label()}{_describe(error)}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, ArithmeticError) else 2) from None
 
 

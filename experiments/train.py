@@ -4,25 +4,37 @@
     python -m experiments.train --preset tiny-mfa --data.source stdlib --steps 80 --workdir runs/tiny
 
 Settings come from the defaults, then `--preset NAME` (the model), then `--config FILE.json`, then the flags.
+
+On several hosts the same command runs on each, with the same flags and a workdir that they share: under Slurm (srun),
+Open MPI, on the TPU VMs of a slice and on GKE the processes find each other; anywhere else JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID say what there is. `mfa_jax.train.cluster` has the rule, and
+`python -m experiments.launch` rehearses it on one machine.
 """
 
 from __future__ import annotations
 
 import logging
 
+import jax
+
 from experiments.cli import parse, run
 from mfa_jax.config import TrainConfig
 from mfa_jax.presets import model_preset
+from mfa_jax.train import cluster
 from mfa_jax.train.loop import train
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     config = parse(TrainConfig, presets=model_preset)
-    result = train(config)
-    state = "stopped at" if result.interrupted else "done:"
-    print(f"{state} step {result.step}; checkpoints and metrics are in {config.workdir}")
+    with cluster.joined():
+        logging.basicConfig(level=logging.WARNING, format=f"{cluster.label()}%(levelname)s %(message)s",
+                            force=True)  # JAX has logged by now, which set up logging in its own way
+        result = train(config)
+        state = "stopped at" if result.interrupted else "done:"
+        if jax.process_index() == 0:
+            print(f"{state} step {result.step}; checkpoints and metrics are in {config.workdir}")
 
 
 if __name__ == "__main__":
-    run(main)
+    with cluster.leaving_at_once():
+        run(main, label=cluster.label)

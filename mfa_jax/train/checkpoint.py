@@ -23,16 +23,17 @@ from typing import Any, Self, TypeVar
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from mfa_jax.config import require
-from mfa_jax.train import integrity
+from mfa_jax.train import integrity, processes
 from mfa_jax.train.integrity import META, DamagedCheckpointError
 
 log = logging.getLogger(__name__)
 
 _UNFINISHED = re.compile(r"(\d+)\.orbax-checkpoint-tmp")
 _OS_ERROR_CODE = re.compile(r"os_error_code='(\d+)'")
+# On another mesh a process reads up to a chunk beside its own parts of an array.
+_SAVE = ocp.SaveArgs(chunk_byte_size=64 << 20)
 _T = TypeVar("_T")
 
 
@@ -87,7 +88,11 @@ class Checkpoints:
         self._metrics: dict[int, float] = {}
         self._saving = -1
         if not read_only:
-            self._require_writable()
+            try:
+                processes.require_shared(self.folder)
+            except OSError as error:
+                raise CheckpointWriteError(error.errno, f"checkpoints cannot be written: {error.strerror}",
+                                           str(self.folder)) from error
         # Directories made asynchronously: a read-only folder would block the process for five minutes at exit.
         self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
             create=not read_only, preservation_policy=_Keep(keep_last, self._metrics),
@@ -95,18 +100,6 @@ class Checkpoints:
         for step in [] if read_only else self.steps():
             with contextlib.suppress(DamagedCheckpointError):  # told by whoever reads it
                 self._note_metric(step, self._document(step)["metric"])
-
-    def _require_writable(self) -> None:
-        if jax.process_index():
-            return
-        probe = self.folder / f".write-test-{os.getpid()}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise CheckpointWriteError(error.errno, f"checkpoints cannot be written: {error.strerror}",
-                                       str(self.folder)) from error
 
     def _note_metric(self, step: int, metric: float | None) -> None:
         self._metrics.pop(step, None)
@@ -147,7 +140,8 @@ class Checkpoints:
             raise ValueError(f"meta: must be JSON ({error})") from error
         document = {"step": step, "metric": metric, "meta": plain,
                     "leaves": {name: integrity.describe(tree) for name, tree in items.items()}}
-        args = ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+        args = ocp.args.Composite(**{name: ocp.args.StandardSave(tree, jax.tree.map(lambda _: _SAVE, tree))
+                                     for name, tree in items.items()},
                                   **{META: ocp.args.JsonSave(integrity.sealed(document))})
         self._saving = step
         self._note_metric(step, metric)
@@ -241,6 +235,7 @@ class Checkpoints:
         self.wait()
         self._manager.reload()
         steps = self.steps()
+        processes.require_same(f"steps in {self.folder}", str(steps))
         if step is not None:
             require(step in steps, "step", step, f"is not in {self.folder}; there are {steps or 'none'}")
         damaged: dict[int, str] = {}
@@ -255,36 +250,41 @@ class Checkpoints:
         raise DamagedCheckpointError(f"{self.folder}: no usable checkpoint ({reasons})")
 
     def _document(self, step: int) -> dict[str, Any]:
-        return integrity.read_sealed(self.folder / str(step) / META / "metadata")
+        path = self.folder / str(step) / META / "metadata"
+        return processes.agreeing(lambda: integrity.read_sealed(path), DamagedCheckpointError)
 
     def _load(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         document = self._document(step)
         saved = document["leaves"]
-        for name in abstract:
-            require(name in saved, "item", name, f"is not in step {step} of {self.folder}; there are {list(saved)}")
-        lines = [line for name, tree in abstract.items() for line in integrity.differences(name, saved[name], tree)]
-        if lines:
-            more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-            raise ValueError(f"{self.folder} step {step} is of another architecture: {'; '.join(lines[:3])}{more}")
-        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
-        try:
-            restored = self._manager.restore(step, args=args)
-        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-            raise  # says nothing about the checkpoint
-        except Exception as error:  # orbax raises ValueError, KeyError, FileNotFoundError, bare Exception
-            reason = str(error).splitlines()[0][:200] if str(error) else ""
-            raise DamagedCheckpointError(f"cannot be read ({type(error).__name__}: {reason})") from error
-        items = {name: restored[name] for name in abstract}
+        integrity.require_same_architecture(f"step {step} of {self.folder}", saved, abstract)
+        items = processes.agreeing(lambda: self._read(step, abstract), DamagedCheckpointError)
         wrong = [f"{name}/{path}" for name, tree in items.items() for path, entry in integrity.describe(tree).items()
                  if entry != saved[name][path]]
         if wrong:
             raise DamagedCheckpointError(f"checksum differs in {', '.join(wrong[:3])} ({len(wrong)} leaves)")
         return items, document["meta"]
 
+    def _read(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
+        """Each process its own parts. Not the manager's own restore: it waits for all processes once it is done, and
+        those that found no damage would wait for one that did."""
+        handler = ocp.StandardCheckpointHandler()
+        try:
+            return {name: handler.restore(self.folder / str(step) / name, args=ocp.args.StandardRestore(tree))
+                    for name, tree in abstract.items()}
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # says nothing about the checkpoint
+        except Exception as error:  # orbax raises ValueError, KeyError, FileNotFoundError, bare Exception
+            reason = str(error).splitlines()[0][:200] if str(error) else ""
+            raise DamagedCheckpointError(f"cannot be read ({type(error).__name__}: {reason})") from error
+        finally:
+            handler.close()
+
     def _unfinished(self) -> dict[int, epath.Path]:
         """Folders of saves that were cut off, by step; orbax would delete one when it saves that step again."""
-        paths = self.folder.iterdir() if self.folder.exists() else ()
-        return {int(match[1]): path for path in paths if (match := _UNFINISHED.fullmatch(path.name))}
+        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
+        # As process 0 saw them: it may move them away before another has looked.
+        names = json.loads(processes.gather(json.dumps(names))[0])
+        return {int(match[1]): self.folder / name for name in names if (match := _UNFINISHED.fullmatch(name))}
 
     def _move_aside(self, paths: Mapping[int, epath.Path]) -> None:
         target = self.folder.parent / f"{self.folder.name}-damaged"
@@ -293,7 +293,6 @@ class Checkpoints:
             for step, path in paths.items():
                 taken = sum(other.name.split(".")[0] == str(step) for other in target.iterdir())
                 path.rename(target / (f"{step}.{taken}" if taken else str(step)))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("mfa_jax_checkpoints_moved_aside")
+        processes.gather("moved aside")
         self._manager.reload()
         log.warning("%s: moved steps %s to %s", self.folder, sorted(paths), target)

@@ -86,7 +86,21 @@ def read_sealed(path: epath.Path) -> dict[str, Any]:
     return document
 
 
-def differences(item: str, saved: Leaves, abstract: Any) -> list[str]:
+def require_same_architecture(checkpoint: str, saved: Mapping[str, Leaves], abstract: Mapping[str, Any]) -> None:
+    """Refuses trees that a checkpoint does not hold, or whose leaves are others there.
+
+    Raises:
+      ValueError: the tree, or the leaves with what the checkpoint has and what is asked for.
+    """
+    for name in abstract:
+        require(name in saved, "item", name, f"is not in {checkpoint}; there are {list(saved)}")
+    lines = [line for name, tree in abstract.items() for line in _differences(name, saved[name], tree)]
+    if lines:
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise ValueError(f"{checkpoint} is of another architecture: {'; '.join(lines[:3])}{more}")
+
+
+def _differences(item: str, saved: Leaves, abstract: Any) -> list[str]:
     """What the checkpoint has against what is asked for, a line a leaf."""
     expected = {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in leaves_by_path(abstract).items()}
     lines = []

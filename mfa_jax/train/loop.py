@@ -7,11 +7,9 @@ import dataclasses
 import functools
 import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -22,7 +20,7 @@ from mfa_jax import axes, capacity
 from mfa_jax.config import TrainConfig, from_dict, require, to_dict, to_json
 from mfa_jax.data import Batches, Prepared, Tokenizer, eval_batches, load_tokenizer, make_loader, prepare
 from mfa_jax.model.transformer import Transformer
-from mfa_jax.train import run
+from mfa_jax.train import processes, run
 from mfa_jax.train.checkpoint import Checkpoints, Restored
 from mfa_jax.train.metrics import MetricsWriter, Progress, peak_flops
 from mfa_jax.train.optimizer import make_optimizer, make_schedule
@@ -31,6 +29,7 @@ from mfa_jax.train.step import (
     TrainState,
     batch_loss,
     create_state,
+    data_shard,
     jit_step,
     make_train_step,
     require_divisible_batch,
@@ -57,10 +56,12 @@ class TrainResult:
     """The last metrics, of training and, as `eval_*`, on the held-out documents."""
 
 
+@processes.naming_the_lost()
 def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.Device] | None = None) -> TrainResult:
     """Trains until `config.steps`, going on from the newest intact checkpoint of `config.workdir` if there is one.
 
-    SIGTERM and Ctrl-C save the step that is done and return.
+    SIGTERM and Ctrl-C save the step that is done and return. With several processes (`cluster.joined`) all of them
+    call this, with the same config and a folder that they share; one that is told to stop stops all, at the same step.
 
     Args:
       progress: whether to show how far it is.
@@ -68,7 +69,7 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
 
     Raises:
       ValueError: a config that cannot work (a batch that does not divide over the mesh, a vocabulary smaller than the
-        tokenizer's, a workdir of another model, ...), named with its value.
+        tokenizer's, a workdir of another model, ...), named with its value; processes whose configs or data differ.
       NonFiniteError: a number that is not finite; the checkpoints are those from before.
       CheckpointWriteError: a checkpoint could not be written; the earlier ones are intact.
     """
@@ -78,20 +79,23 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
     checkpoints = Checkpoints(workdir / run.CHECKPOINTS, keep_last=config.keep_checkpoints)
     with checkpoints, jax.set_mesh(mesh):
         _require_same_run(config, checkpoints)
-        tokenizer, prepared = _open_data(config, workdir)
+        processes.require_same("config", to_json(config))
+        _, prepared = processes.leader_first(lambda: _open_data(config, workdir))
+        processes.require_same("prepared data", to_json(prepared.meta))
         parts = _Parts.build(config, mesh, prepared)
         restored = checkpoints.restore(_items(parts.layout))
-        loader = make_loader(prepared, config.data, "train", jax.process_index(), jax.process_count())
+        loader = make_loader(prepared, config.data, "train", *data_shard(mesh, config.data.batch_size))
         state = _start(config, parts, restored, loader)
         start = int(state.step)
         require(start <= config.steps, "steps", config.steps, f"the run in {config.workdir} is at step {start} already")
-        (workdir / run.CONFIG).write_text(to_json(config))
         leader = jax.process_index() == 0
+        if leader:
+            (workdir / run.CONFIG).write_text(to_json(config))
         with (
             contextlib.closing(loader),
             MetricsWriter(workdir, start_step=start, enabled=leader) as writer,
             Progress(config.steps, start=start, enabled=progress and leader) as bar,
-            _stop_signals() as stop,
+            processes.stop_signals() as stop,
         ):
             if restored is not None:
                 bar.print(f"resumed at step {start} from {checkpoints.folder}")
@@ -120,7 +124,8 @@ class _Parts:
         return cls(
             mesh, prepared, layout, functools.partial(create_state, config, model, optimizer, layout),
             jit_step(step, layout),
-            jax.jit(lambda params, batch: batch_loss(dataclasses.replace(config, z_loss=0.0), model, params, batch)),
+            jax.jit(lambda params, batch: batch_loss(dataclasses.replace(config, z_loss=0.0), model, params, batch),
+                    out_shardings=layout.step.sharding),
         )
 
 
@@ -158,26 +163,6 @@ def _start(config: TrainConfig, parts: _Parts, restored: Restored | None, loader
                       items["counters"]["rng"])
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Notes SIGTERM and Ctrl-C in place of dying of them; a second one of the kind acts as it always does."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(ValueError):  # not the main thread: the caller's own business
-            previous[number] = signal.signal(number, note)
-    try:
-        yield lambda: bool(received)
-    finally:
-        for caught, handler in previous.items():
-            signal.signal(caught, handler)
-
-
 class _Loop:
     """The steps of one start."""
 
@@ -192,11 +177,11 @@ class _Loop:
         self.flops = capacity.training_flops_per_token(config.model, config.data.sequence_length)
         self.peak = None if peak is None else peak * parts.mesh.size
 
-    def run(self, state: TrainState, stop: Callable[[], bool]) -> TrainResult:
+    def run(self, state: TrainState, stop: Callable[[int], bool]) -> TrainResult:
         config, step, saved = self.config, int(state.step), int(state.step)
         pending: dict[str, Any] | None = None
         began, steps_timed = time.perf_counter(), 0
-        while step < config.steps and not stop():
+        while step < config.steps and not stop(step):
             batch = self._to_mesh(next(self.loader))
             state, fresh = self.parts.step(state, batch)
             step, steps_timed = step + 1, steps_timed + 1
@@ -258,7 +243,7 @@ class _Loop:
                 continue
             nll = tokens = 0.0
             for batch in eval_batches(self.parts.prepared, self.config.data, self.config.eval_batches,
-                                      jax.process_index(), jax.process_count()):
+                                      *data_shard(self.parts.mesh, self.config.data.batch_size)):
                 sums = self.parts.evaluate(params, self._to_mesh(batch))
                 nll, tokens = nll + float(sums.nll), tokens + float(sums.tokens)
             found[f"{prefix}_loss"] = nll / tokens

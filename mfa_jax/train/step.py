@@ -165,16 +165,35 @@ def make_train_step(
 
 
 def jit_step(step: Callable[[TrainState, Any], Any], layout: TrainState) -> Any:
-    """A step compiled for states of that layout, which it takes over."""
+    """A step compiled for states of that layout, which it takes over; every process has all of its metrics."""
     where = jax.tree.map(lambda leaf: leaf.sharding, layout)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, layout.step.sharding))
+
+
+def data_shard(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """Which part of a batch of so many rows this process reads, and how many parts there are.
+
+    Processes whose devices hold the same rows (those that `tensor` or `context` spans) read the same part.
+
+    Raises:
+      ValueError: the mesh gives processes rows that overlap and are not the same.
+    """
+    held: dict[int, set[int]] = {}
+    device: Any
+    for device, (part,) in NamedSharding(mesh, BATCH_SPEC).devices_indices_map((rows,)).items():
+        held.setdefault(device.process_index, set()).add(part.indices(rows)[0])
+    parts = sorted({tuple(sorted(starts)) for starts in held.values()})
+    require(sum(map(len, parts)) == len(set().union(*held.values())), "mesh", dict(mesh.shape),
+            f"some of the {len(held)} processes would hold some rows of others; each must hold rows of its own, or the "
+            f"same as another: make data x fsdp x expert a multiple of the processes, or the reverse")
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def require_divisible_batch(config: TrainConfig, mesh: Mesh) -> None:
     """Refuses a batch whose rows or tokens do not divide over the mesh.
 
     Raises:
-      ValueError: with the rows, the tokens or the processes, and the shards.
+      ValueError: with the rows or the tokens, and the shards.
     """
     split = {axis: mesh.shape[axis] for axis in axes.RULES.batch or ()}
     shards = math.prod(split.values())
@@ -182,8 +201,6 @@ def require_divisible_batch(config: TrainConfig, mesh: Mesh) -> None:
     require(part % shards == 0, "data.batch_size", config.data.batch_size,
             f"each of accumulate={config.accumulate} parts has {part} rows; must be a multiple of the "
             f"{shards} shards of mesh {', '.join(f'{axis}={size}' for axis, size in split.items())}")
-    require(shards % jax.process_count() == 0, "mesh", dict(mesh.shape),
-            f"data x fsdp x expert must be a multiple of the {jax.process_count()} processes: each reads its own rows")
     chunks, T = 2 * mesh.shape["context"], config.data.sequence_length
     require(chunks == 2 or T % chunks == 0, "data.sequence_length", T,
             f"must be a multiple of {chunks}, two chunks for each shard of mesh context={mesh.shape['context']}")

@@ -1,0 +1,181 @@
+"""Rehearse a run of several hosts on one machine: starts a command several times, as processes that know each other.
+
+    python -m experiments.launch --processes 4 --devices-per-process 2 -- python -m experiments.train --steps 50
+    python -m experiments.launch --processes 4 -- -m experiments.train --steps 50
+
+Each process gets CPU devices of its own, which exchange data over gloo; the command finds the others through
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as on hosts without a scheduler. Lines of output begin
+with the number of their process. SIGTERM and Ctrl-C go on to all processes. When one fails, the others are stopped, and
+its exit code is the launcher's (128 + the number of a signal that ended it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from experiments.cli import parse, run
+from mfa_jax.config.checks import require, require_positive
+from mfa_jax.train.cluster import ADDRESS, CLUSTER, COUNT, INDEX
+
+OWN_END_SECONDS, STOP_SECONDS = 2.0, 10.0
+"""After a failure: for how long the others may end by themselves, and then after SIGTERM."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchConfig:
+    """Starts the command that follows `--` as several processes on this machine."""
+
+    processes: int = 2
+    """How many."""
+    devices_per_process: int = 1
+    """CPU devices of each."""
+    stop_others: bool = True
+    """When one fails. Otherwise the others are left to notice by themselves, as on hosts where nothing stops them."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "processes", "devices_per_process")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code of the first process that failed, 0 if none did.
+
+    Raises:
+      ValueError: no command, or one that is not there.
+    """
+    split = list(arguments).index("--") if "--" in arguments else len(arguments)
+    config = parse(LaunchConfig, arguments[:split])
+    command = _command(list(arguments[split + 1:]))
+    address = f"127.0.0.1:{_free_port()}"
+    children = [_start(command, _environment(config, address, index)) for index in range(config.processes)]
+    for index, child in enumerate(children):
+        _say(f"process {index} of {config.processes} is pid {child.pid}")
+    threads = [_forward(child, index) for index, child in enumerate(children)]
+    with _passing_on(children):
+        code = _wait(children, config.stop_others)
+    for thread in threads:
+        thread.join()
+    return code
+
+
+def _command(words: list[str]) -> list[str]:
+    require(bool(words), "command", words, "must follow `--`: -- python -m experiments.train ...")
+    if words[0] == "-m":
+        return [sys.executable, *words]
+    found = shutil.which(words[0], path=_path())
+    require(found is not None, "command", words[0], "is not there; a module is started by -m NAME")
+    return [str(found), *words[1:]]
+
+
+def _path() -> str:
+    """PATH with the folder of this Python first: `python` is this one."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _environment(config: LaunchConfig, address: str, index: int) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name != CLUSTER}
+    return {
+        "PYTHONUNBUFFERED": "1", **inherited, "PATH": _path(), "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(config.devices_per_process), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        ADDRESS: address, COUNT: str(config.processes), INDEX: str(index)}
+
+
+def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    # A session of its own: the terminal's Ctrl-C comes to us alone, and once to each process through us.
+    return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=True)
+
+
+def _forward(child: subprocess.Popen[bytes], index: int) -> threading.Thread:
+    """Copies what a process says, line by line, until both its outputs end."""
+    def copy(source: IO[bytes], target: IO[bytes]) -> None:
+        for line in source:
+            target.write(b"[%d] %s\n" % (index, line.removesuffix(b"\n")))  # one write a line, so that none are mixed
+            target.flush()
+
+    def both() -> None:
+        assert child.stdout is not None and child.stderr is not None
+        errors = threading.Thread(target=copy, args=(child.stderr, sys.stderr.buffer), daemon=True)
+        errors.start()
+        copy(child.stdout, sys.stdout.buffer)
+        errors.join()
+
+    thread = threading.Thread(target=both, daemon=True)
+    thread.start()
+    return thread
+
+
+@contextlib.contextmanager
+def _passing_on(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        _say(f"passing {signal.Signals(number).name} on to all processes")
+        _send(children, number)
+
+    previous: dict[int, Any] = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(children: Sequence[subprocess.Popen[bytes]], stop_others: bool) -> int:
+    while True:
+        codes = [child.poll() for child in children]
+        failed = [index for index, code in enumerate(codes) if code]
+        if failed:
+            break
+        if None not in codes:
+            return 0
+        time.sleep(0.05)
+    code = codes[failed[0]]
+    assert code is not None
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    _say(f"process {failed[0]} {how}; {'stopping' if stop_others else 'waiting for'} the others")
+    stages = ((None, OWN_END_SECONDS), (signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None))
+    for number, patience in stages if stop_others else ((None, None),):
+        if number is not None:
+            _send(children, number)
+        if _all_end(children, patience):
+            break
+    return 128 - code if code < 0 else code
+
+
+def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    for child in children:
+        child.send_signal(number)  # does nothing for one that has ended
+
+
+def _all_end(children: Sequence[subprocess.Popen[bytes]], patience: float | None) -> bool:
+    end = None if patience is None else time.monotonic() + patience
+    while any(child.poll() is None for child in children):
+        if end is not None and time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _say(message: str) -> None:
+    print(f"launch: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run(lambda: sys.exit(main(sys.argv[1:])))

@@ -1,0 +1,85 @@
+"""The launcher of rehearsals: whose output, whose exit code, and who is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ME = "import os, signal, sys, time; me = int(os.environ['JAX_PROCESS_ID'])\n"
+
+
+def start(tmp_path: Path, program: str, *flags: str) -> subprocess.Popen[str]:
+    file = tmp_path / "program.py"
+    file.write_text(ME + textwrap.dedent(program))
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.launch", *flags, "--", "python", str(file)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "MFA_JAX_CLUSTER": "none"})
+
+
+def test_each_process_knows_its_number_and_all_are_heard(tmp_path: Path) -> None:
+    program = """
+        names = ("JAX_NUM_PROCESSES", "JAX_NUM_CPU_DEVICES", "JAX_PLATFORMS", "JAX_COORDINATOR_ADDRESS")
+        print(*(os.environ[name] for name in names), "MFA_JAX_CLUSTER" in os.environ, sys.executable)
+        print("without an end", file=sys.stderr, end="")
+    """
+    child = start(tmp_path, program, "--processes", "3", "--devices-per-process", "2")
+    out, errors = child.communicate(timeout=100)
+    assert child.returncode == 0
+    lines = sorted(out.splitlines())
+    assert [line[:4] for line in lines] == ["[0] ", "[1] ", "[2] "]
+    said = {line[4:] for line in lines}
+    assert len(said) == 1, "all have the same coordinator"
+    words = said.pop().split()
+    assert words[:3] == ["3", "2", "cpu"] and words[3].startswith("127.0.0.1:") and words[4] == "False"
+    assert Path(words[5]).parent == Path(sys.executable).parent, "python is the Python of the launcher"
+    assert sorted(line for line in errors.splitlines() if line.startswith("[")) == [
+        f"[{i}] without an end" for i in range(3)]
+
+
+@pytest.mark.parametrize(("program", "code", "how"), [
+    ("sys.exit(7) if me == 1 else time.sleep(1000)", 7, "process 1 failed with exit code 7; stopping the others"),
+    ("os.kill(os.getpid(), 9) if me == 2 else time.sleep(1000)", 137, "process 2 was ended by SIGKILL; stopping"),
+])
+def test_the_first_failure_ends_all(tmp_path: Path, program: str, code: int, how: str) -> None:
+    child = start(tmp_path, program, "--processes", "3")
+    _, errors = child.communicate(timeout=100)
+    assert child.returncode == code and how in errors
+
+
+def test_signals_reach_every_process(tmp_path: Path) -> None:
+    program = """
+        def told(number, frame):
+            print("told", number, flush=True)
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, told)
+        signal.signal(signal.SIGINT, told)
+        print("ready", flush=True)
+        time.sleep(1000)
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        child = start(tmp_path, program, "--processes", "2")
+        assert child.stdout is not None
+        ready = sorted(child.stdout.readline() for _ in range(2))
+        assert ready == ["[0] ready\n", "[1] ready\n"]
+        child.send_signal(number)
+        out, _ = child.communicate(timeout=100)
+        assert child.returncode == 0 and sorted(out.splitlines()) == [f"[{i}] told {int(number)}" for i in range(2)]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--processes", "2"], "must follow `--`"),
+    (["--processes", "2", "--", "experiments.train"], "command='experiments.train': is not there; a module is started"),
+    (["--processes", "0", "--", "python"], "processes=0: must be at least 1"),
+])
+def test_what_cannot_be_started_is_refused(arguments: list[str], message: str) -> None:
+    from experiments.launch import main
+
+    with pytest.raises(ValueError, match=message):
+        main(arguments)

@@ -1,0 +1,111 @@
+"""Several processes, started for real: one history over four, two and one of them equals a run of one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import email
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.faults import elastic
+from experiments.faults.recorded_train import wrong_batches
+from experiments.faults.rehearsal import ROOT, Rehearsal, names_the_lost
+from mfa_jax.config import MeshConfig, TrainConfig, load_json
+from mfa_jax.train.checkpoint import Checkpoints
+from mfa_jax.train.loop import train
+from mfa_jax.train.run import CONFIG
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for path in sorted(Path(email.__file__).parent.glob("*.py"))[:10]:
+        (folder / path.name).write_text(path.read_text())
+    return folder
+
+
+def flip(folder: Path) -> None:
+    """One bit of the largest file of an item."""
+    path = max((p for p in folder.glob("params/**/d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_four_processes_then_two_then_one_are_one_run(corpus: Path, tmp_path: Path) -> None:
+    """SIGTERM to one of four, SIGKILL to one of four, a flipped bit, two processes, one."""
+    run = Rehearsal(tmp_path / "run", corpus, tmp_path / "cache", "--preset", "tiny-mfa", "--save-every", "4",
+                    "--keep-checkpoints", "9")
+    four = ("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+
+    first = run.start(4, STEPS, *four)
+    first.until(lambda: len(run.losses()) >= 5)
+    first.tell(2, signal.SIGTERM)
+    assert first.wait() == 0, first.said()
+    stopped = run.saved()[-1]
+    assert f"stopped at step {stopped};" in first.said(0) and 5 <= stopped < STEPS - 8, first.said()
+
+    second = run.start(4, STEPS, *four, launch=("--no-stop-others",))
+    second.until(lambda: len(run.losses()) >= stopped + 6)
+    second.tell(1, signal.SIGKILL)
+    assert second.wait() == 128 + signal.SIGKILL
+    assert second.resumed_at() == stopped
+    for other in (0, 2, 3):
+        assert names_the_lost(second.said(other), 1), second.said(other)
+    newest, before = run.saved()[-1], run.saved()[-2]
+    flip(run.workdir / "checkpoints" / str(newest))
+
+    third = run.start(2, STEPS - 2, "--mesh.data", "1", "--mesh.tensor", "2")
+    assert third.wait() == 0, third.said()
+    assert third.resumed_at() == before
+    for process in (0, 1):
+        assert f"process {process} of 2: WARNING" in third.said(process)
+        assert f"step {newest} is skipped: checksum differs" in third.said(process)
+    assert wrong_batches(run.workdir, [0, stopped, before]) == []
+
+    config = dataclasses.replace(load_json(TrainConfig, run.workdir / CONFIG), steps=STEPS, mesh=MeshConfig(data=1))
+    assert train(config, progress=False, devices=jax.devices()[:1]).step == STEPS
+    alone = dataclasses.replace(config, workdir=str(tmp_path / "alone"))
+    train(alone, progress=False, devices=jax.devices()[:1])
+    expected = Rehearsal(tmp_path / "alone", corpus, tmp_path / "cache").losses()
+    found = run.losses()
+    assert list(found) == list(expected) == list(range(1, STEPS + 1)), "each step is told once"
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_no_host_reads_a_whole_large_array(tmp_path: Path) -> None:
+    """One process saves; four read a quarter each, save it again, and two read a half each.
+
+    What comes to a host beside its own part is the rest of the chunks of 64 MiB that the part touches.
+    """
+    def launch(processes: int, *flags: str) -> list[dict]:
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.launch", "--processes", str(processes), "--", "-m",
+             "experiments.faults.elastic", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found = [json.loads(line.partition(" ")[2]) for line in done.stdout.splitlines() if '{"process"' in line]
+        assert sorted(report["process"] for report in found) == list(range(processes)), done.stdout
+        return found
+
+    with Checkpoints(tmp_path / "one") as checkpoints:
+        wanted = elastic.array_at(jax.sharding.Mesh(jax.devices()[:1], ("x",)))
+        checkpoints.save(1, {"large": {"w": wanted}}, {})
+    for report in launch(4, "--folder", str(tmp_path / "one"), "--again", str(tmp_path / "four")):
+        assert report["part"] == report["array"] // 4
+        assert report["part"] // 2 < report["read"] <= report["array"] // 2
+    for report in launch(2, "--folder", str(tmp_path / "four")):
+        assert report["part"] == report["array"] // 2
+        assert report["part"] // 2 < report["read"] <= report["array"] // 2
+    found, report = elastic.restore(tmp_path / "four")
+    np.testing.assert_array_equal(found, wanted)
+    assert report["read"] > report["array"] // 2, "the count must tell a whole array from a part"
