@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def panels(record: dict[str, Any], cache_dtype: str) -> Figure:
             _line(axes[0, column], at_largest, "length", name, "seconds", 1e6, style)
             _line(axes[1, column], at_largest, "length", name, "bytes_per_s", 1e-9, style)
             _line(axes[2, column], at_longest, "batch", name, "tokens_per_s", 1, style)
-        axes[1, column].axhline(record["device_speed"]["copy_bytes_per_s"] / 1e9, **copy)
+        axes[1, column].axhline(_copy(record) / 1e9, **copy)
         axes[0, column].set(title=variant, xlabel=f"tokens a row, batch {largest}")
         axes[1, column].set(xlabel=f"tokens a row, batch {largest}")
         axes[2, column].set(xlabel=f"batch, {longest} tokens a row")
@@ -89,6 +90,11 @@ def panels(record: dict[str, Any], cache_dtype: str) -> Figure:
     return figure
 
 
+def _copy(record: dict[str, Any]) -> float:
+    """Bytes a second of the copy that took turns with the points: at the start of a run the device may be slower."""
+    return statistics.median(p["copy_bytes_per_s"] for p in record["points"])
+
+
 def _line(
     axis: Any, points: list[dict[str, Any]], x: str, name: str, y: str, unit: float, style: dict[str, Any]
 ) -> None:
@@ -102,7 +108,7 @@ def roofline(record: dict[str, Any]) -> Figure:
     largest = max(p["batch"] for p in record["points"])
     measured = [p for p in record["points"] if p["batch"] == largest and p["length"] and
                 "seconds" in p["sides"][p["auto"]]]
-    bandwidth, peak = (record["device_speed"][name] for name in ("copy_bytes_per_s", "matmul_flops_per_s"))
+    bandwidth, peak = _copy(record), record["device_speed"]["matmul_flops_per_s"]
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axis = figure.subplots()
     intensities = [p["flops"] / p["valid_bytes"] for p in measured]

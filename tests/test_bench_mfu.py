@@ -1,0 +1,40 @@
+"""The benchmark of training on one accelerator, at a size that any machine can do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.bench_mfu import BenchMfuConfig, measure, pairs, to_table
+from mfa_jax.capacity import model_parameters
+
+
+@pytest.mark.slow
+def test_a_tiny_run_measures_both_models_and_records_what_failed(tmp_path: Path) -> None:
+    config = BenchMfuConfig(str(tmp_path / "mfu.json"), ("dense", "cudnn"), rounds=2, steps=1, tiny=True)
+    record = measure(config)
+    assert json.loads(Path(config.output).read_text()) == json.loads(json.dumps(record))
+    dense, cudnn = record["pairs"]["tiny, dense"], record["pairs"]["tiny, cudnn"]
+    for name, side in dense["sides"].items():
+        assert side["status"] == "ok" and side["losses"][0] > side["losses"][2], name
+        assert side["tokens_per_s"] == pytest.approx(2 * 64 / side["seconds"])
+        flops = dense["models"][name]["flops_per_token"]
+        assert side["flops_per_s"] == pytest.approx(flops * side["tokens_per_s"])
+        # No peak is known of a CPU.
+        assert side["mfu"] is None
+    assert all("runs on gpu, not on cpu" in side["reason"] for side in cudnn["sides"].values())
+    assert to_table(record).row_count == 4
+
+
+def test_both_models_of_a_pair_have_as_many_parameters() -> None:
+    """To within what a feed-forward width of another multiple of 8 would change."""
+    for name, pair in pairs(tiny=False).items():
+        mha, mfa = (model_parameters(model).total for model in (pair.mha, pair.mfa))
+        assert abs(mfa - mha) <= 12 * pair.mha.model_dim * pair.mha.num_layers + 3 * pair.mha.model_dim, name
+
+
+def test_an_unknown_kind_of_attention_is_named() -> None:
+    with pytest.raises(ValueError, match="implementations='flash'"):
+        BenchMfuConfig("out.json", implementations=("flash",))  # type: ignore[arg-type]
