@@ -22,7 +22,7 @@ import pytest
 from mfa_jax import axes
 from mfa_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mfa_jax.model.transformer import Transformer
-from mfa_jax.train import loop, run
+from mfa_jax.train import loop, parts, run
 from mfa_jax.train.loop import NonFiniteError, train
 from mfa_jax.train.metrics import MetricsWriter
 from mfa_jax.train.optimizer import make_optimizer, make_schedule
@@ -214,7 +214,7 @@ def test_not_a_number_stops_with_step_and_leaf_and_keeps_the_checkpoint(
     straight: tuple[TrainConfig, loop.TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(straight[0], workdir=str(tmp_path))
-    honest = loop.make_train_step
+    honest = parts.make_train_step
 
     def poisoned(config: TrainConfig, *rest: object) -> object:
         step = honest(config, *rest)
@@ -226,7 +226,7 @@ def test_not_a_number_stops_with_step_and_leaf_and_keeps_the_checkpoint(
 
         return bad_from_step_three
 
-    monkeypatch.setattr(loop, "make_train_step", poisoned)
+    monkeypatch.setattr(parts, "make_train_step", poisoned)
     with pytest.raises(NonFiniteError, match=r"step 4: gradient of embed is not finite"):
         train_on_one(config)
     monkeypatch.undo()
