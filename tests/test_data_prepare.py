@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mfa_jax.config import DataConfig
 from mfa_jax.data.prepare import prepare
-from mfa_jax.data.shards import META, SPLITS, Prepared, open_prepared
+from mfa_jax.data.shards import META, SPLITS, Prepared, open_prepared, write_checksums
 from mfa_jax.data.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -197,15 +197,24 @@ def older_format(folder: Path) -> None:
     (folder / META).write_text(json.dumps(meta))
 
 
+def other_offsets(folder: Path) -> None:
+    np.save(folder / "train.offsets.npy", np.arange(9))
+    write_checksums(folder / "train.offsets.npy")
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda folder: (folder / "train.bin").write_bytes(b"12"), "must have 8 bytes, has 2"),
     (lambda folder: (folder / "train.bin").unlink(), "the files of train cannot be read"),
-    (lambda folder: (folder / "held_out.offsets.npy").write_bytes(b""), "the files of held_out cannot be read"),
-    (lambda folder: np.save(folder / "train.offsets.npy", np.arange(9)), "its offsets must be of 1 documents"),
+    (lambda folder: (folder / "held_out.offsets.npy").write_bytes(b""),
+     "held_out.offsets.npy': has 0 bytes, which are 0 chunks, and 1 checksums"),
+    (lambda folder: np.save(folder / "train.offsets.npy", np.arange(9)),
+     "train.offsets.npy': bytes 0 to 200 are not what was written"),
+    (other_offsets, "its offsets must be of 1 documents"),
     (lambda folder: np.save(folder / "train.offsets.npy", [1, 4]),
      "train.offsets.npy': bytes 0 to 144 are not what was written"),
     (lambda folder: (folder / "train.offsets.npy.crc32.npy").unlink(), "its checksums cannot be read"),
-    (lambda folder: np.save(folder / "train.offsets.npy.crc32.npy", np.zeros(2, np.uint32)), "must hold 1 checksums"),
+    (lambda folder: np.save(folder / "train.offsets.npy.crc32.npy", np.zeros(2, np.uint32)),
+     "1 chunks, and 2 checksums"),
     (older_format, "is of format 1, this is 2; remove the folder"),
     (lambda folder: (folder / META).write_text("{"), "meta.json is not JSON"),
     (lambda folder: (folder / META).write_text("{}"), "meta.json=.*missing field"),

@@ -122,8 +122,9 @@ class Verified:
         except (OSError, ValueError, EOFError) as error:
             raise DamagedShardError(f"prepared={str(path)!r}: it or its checksums cannot be read ({error})") from error
         chunks = -(-size // CHUNK)
-        require(self._sums.shape == (chunks,), "prepared", str(_sums_of(path)),
-                f"must hold {chunks} checksums, has shape {self._sums.shape}")
+        if self._sums.shape != (chunks,):
+            raise DamagedShardError(f"prepared={str(path)!r}: has {size} bytes, which are {chunks} chunks, and "
+                                    f"{self._sums.size} checksums; one of the two is not what was written")
         self._checked = np.zeros(chunks, bool)
 
     def check(self, start: int, stop: int) -> None:
@@ -169,6 +170,7 @@ def open_prepared(folder: str | Path) -> Prepared:
 
 
 def _check_files(prepared: Prepared, split: Split) -> None:
+    Verified(prepared.folder / f"{split}.offsets.npy").check_all()
     size, path = prepared.size(split), prepared.folder / f"{split}.bin"
     expected = size.tokens * np.dtype(prepared.meta.dtype).itemsize
     try:
@@ -179,4 +181,3 @@ def _check_files(prepared: Prepared, split: Split) -> None:
     require(found == expected, "prepared", str(path), f"must have {expected} bytes, has {found}")
     require(len(offsets) == size.documents + 1 and int(offsets[-1]) == size.tokens, "prepared", str(path),
             f"its offsets must be of {size.documents} documents and end at {size.tokens}")
-    Verified(prepared.folder / f"{split}.offsets.npy").check_all()

@@ -113,7 +113,10 @@ def explaining_memory(config: TrainConfig, device: jax.Device, memory: Memory | 
         stats = device.memory_stats()  # None on a CPU
         limit = None if stats is None else stats.get("bytes_limit")
         parts = f" ({_size(memory.arguments)} state and batch, {_size(memory.temporaries)} temporaries)"
-        raise DeviceMemoryError(_explanation(config, error, memory.peak, limit, parts)) from error
+        # The CPU's compiler leaves temporaries out of its peak.
+        whole = memory.arguments + memory.output - memory.aliased + memory.temporaries
+        needed = whole if device.platform == "cpu" else memory.peak
+        raise DeviceMemoryError(_explanation(config, error, needed, limit, parts)) from error
 
 
 def _out_of_memory(error: Exception) -> bool:

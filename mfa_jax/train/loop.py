@@ -79,7 +79,7 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
         parts = Parts.build(config, mesh, prepared, goodput)
         stack.enter_context(explaining_memory(config, mesh.devices.flat[0], parts.memory))
         with goodput.phase("restore"):
-            restored = checkpoints.restore(_items(parts.layout))
+            restored = checkpoints.restore(checkpoint_items(parts.layout))
             loader = make_loader(prepared, config.data, "train", jax.process_index(), jax.process_count())
             state = _start(config, parts, restored, loader)
             start = int(state.step)
@@ -99,7 +99,7 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
             return loop.run(state, stop)
 
 
-def _items(state: Any) -> dict[str, Any]:
+def checkpoint_items(state: Any) -> dict[str, Any]:
     """The state as the named trees of a checkpoint, each of which can be read alone."""
     trees = {"params": state.params, "optimizer": state.optimizer, "counters": {"step": state.step, "rng": state.rng}}
     return trees | ({"ema": state.ema} if state.ema else {})
@@ -250,7 +250,7 @@ class _Loop:
             with self._save_failures():
                 self.checkpoints.wait()
             with contextlib.nullcontext() if last else self._save_failures():
-                self.checkpoints.save(step, _items(state), meta, metric=metric)
+                self.checkpoints.save(step, checkpoint_items(state), meta, metric=metric)
 
     @contextlib.contextmanager
     def _save_failures(self) -> Iterator[None]:
