@@ -165,10 +165,10 @@ def test_a_run_that_cannot_save_goes_on_if_told_to_and_says_where_its_time_went(
     assert saved_leaves(straight)["embed"].size
 
 
-@pytest.mark.parametrize(("window", "message"), [((0,), "profile"), ((-1, 2), "profile"), ((3, 0), "profile")])
-def test_a_window_that_is_none(window: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(profile=window)  # type: ignore[arg-type]
+@pytest.mark.parametrize("window", [(-1, 2), (3, 0)])
+def test_a_window_that_is_none(window: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="profile=.*must be a step from 0 on and a number of steps from 1 on"):
+        TrainConfig(profile=window)
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def checkpoints(run: SmallRun, folder: Path) -> list[Outcome]:
 # ---- a full disk -----------------------------------------------------------------------------------------------
 
 
-def full_disk(run: SmallRun, folder: Path) -> Outcome:
+def full_disk(run: SmallRun, folder: Path) -> list[Outcome]:
     """Checkpoints on a tmpfs that fills up: the run stops and says so, or goes on and saves once there is room."""
     outcome = Outcome("the disk full while saving: stop, go on until there is room, go on to the end")
     full = dataclasses.replace(run, workdir=folder / "full")
@@ -88,12 +88,12 @@ def full_disk(run: SmallRun, folder: Path) -> Outcome:
     mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(full.checkpoints)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
         outcome.skipped = "a tmpfs cannot be mounted here"
-        return outcome
+        return [outcome]
     try:
         _fill_and_go_on(full, folder, outcome)
     finally:
         subprocess.run(["umount", str(full.checkpoints)], check=True)
-    return outcome
+    return [outcome]
 
 
 def _fill_and_go_on(full: SmallRun, folder: Path, outcome: Outcome) -> None:
@@ -144,7 +144,7 @@ def shards(run: SmallRun, folder: Path) -> list[Outcome]:
 # ---- compiled programs, memory ---------------------------------------------------------------------------------
 
 
-def compilation_cache(run: SmallRun, folder: Path) -> Outcome:
+def compilation_cache(run: SmallRun, folder: Path) -> list[Outcome]:
     """Every entry of the cache of compiled programs cut in half, as a kill may leave it: compiled again."""
     outcome = Outcome("the entries of the compilation cache cut in half")
     hurt = dataclasses.replace(copy_of(run, folder / "hurt"), cache=folder / "hurt-cache")
@@ -154,10 +154,10 @@ def compilation_cache(run: SmallRun, folder: Path) -> Outcome:
     before = run.finished()[-1]
     code, said = hurt.start(before + 5).wait()
     outcome.add(None if code == 0 and resumed_at(said) == before else f"exit code {code}: {said}")
-    return outcome
+    return [outcome]
 
 
-def device_memory(run: SmallRun, folder: Path) -> Outcome:
+def device_memory(run: SmallRun, folder: Path) -> list[Outcome]:
     """Rows of 65536 tokens and all scores in memory: XLA's allocator for CPUs really refuses it, in the step itself.
 
     What a device has to give is not known on a CPU; that part of the message needs a GPU or TPU.
@@ -173,4 +173,4 @@ def device_memory(run: SmallRun, folder: Path) -> Outcome:
     told = "a device ran out of memory: a training step needs" in said and "RESOURCE_EXHAUSTED" in said
     outcome.add(None if code == 2 and told and "Traceback" not in said else f"exit code {code}: {said}")
     outcome.notes = {"said": said.strip().splitlines()[-1]}
-    return outcome
+    return [outcome]

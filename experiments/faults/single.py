@@ -5,7 +5,7 @@
 
 Each fault is tried as often as its row says, and survived if nothing was lost: the run goes on from the newest
 checkpoint that was complete, or the damage is told by name and what was good before stays good. Writes `single.json`
-and prints a table. Exit code 1 if anything was lost.
+after each part, beside the parts that are in it already, and prints a table. Exit code 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -41,6 +41,9 @@ class FaultsConfig:
     """SIGTERMs of the same run."""
     seed: int = 0
     """Of the moments."""
+    parts: tuple[Literal["signals", "checkpoints", "disk", "shards", "cache", "memory"], ...] = (
+        "signals", "checkpoints", "disk", "shards", "cache", "memory")
+    """What is tried."""
     output: str | None = None
     """Folder of `single.json`; none prints only."""
     workdir: str | None = None
@@ -121,35 +124,37 @@ def _losses(run: SmallRun) -> list[tuple[int, float]]:
 # ---- all of it -------------------------------------------------------------------------------------------------
 
 
-def measure(config: FaultsConfig, folder: Path) -> list[Outcome]:
-    """All faults, in a folder that is empty or not there."""
-    run = SmallRun(folder / "run", write_corpus(folder / "corpus"), folder / "cache")
-    outcomes = []
-    for name, part in (
-        ("signals", lambda: interrupted(run, config)), ("checkpoints", lambda: damage.checkpoints(run, folder)),
-        ("disk", lambda: [damage.full_disk(run, folder)]), ("shards", lambda: damage.shards(run, folder)),
-        ("cache", lambda: [damage.compilation_cache(run, folder)]),
-        ("memory", lambda: [damage.device_memory(run, folder)]),
-    ):
-        print(f"{name} ...", file=sys.stderr)
-        outcomes += part()
-        print(table(outcomes), file=sys.stderr)
-    return outcomes
+def measure(part: str, config: FaultsConfig, run: SmallRun, folder: Path) -> list[Outcome]:
+    """One part."""
+    if part == "signals":
+        return interrupted(run, config)
+    if len(run.finished()) < 2:
+        run.finish(3 * run.save_every)
+    return {"checkpoints": damage.checkpoints, "disk": damage.full_disk, "shards": damage.shards,
+            "cache": damage.compilation_cache, "memory": damage.device_memory}[part](run, folder)
 
 
 def main() -> None:
     config = cli.parse(FaultsConfig)
     jax.config.update("jax_platforms", "cpu")
-    began = time.monotonic()
+    path = None if config.output is None else Path(config.output, "single.json")
+    records: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else {}
+    outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as temporary:
-        outcomes = measure(config, Path(config.workdir or temporary))
-    record: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(), "jax": jax.__version__, "python": platform.python_version(),
-        "cpus": os.cpu_count(), "seconds": round(time.monotonic() - began), "config": dataclasses.asdict(config),
-        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes]}
-    if config.output is not None:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        (Path(config.output) / "single.json").write_text(json.dumps(record, indent=2) + "\n")
+        folder = Path(config.workdir or temporary)
+        run = SmallRun(folder / "run", write_corpus(folder / "corpus"), folder / "cache")
+        for part in config.parts:
+            print(f"{part} ...", file=sys.stderr)
+            began = time.monotonic()
+            found = measure(part, config, run, folder)
+            outcomes += found
+            records[part] = {
+                "date": datetime.date.today().isoformat(), "jax": jax.__version__,
+                "python": platform.python_version(), "cpus": os.cpu_count(), "seed": config.seed,
+                "seconds": round(time.monotonic() - began), "outcomes": [dataclasses.asdict(o) for o in found]}
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(records, indent=2) + "\n")
     print(table(outcomes))
     if any(outcome.lost for outcome in outcomes):
         raise ArithmeticError("something was lost: see the table")
