@@ -133,7 +133,7 @@ class Verified:
             if self._checked[chunk]:
                 continue
             begin = chunk * CHUNK
-            if zlib.crc32(self._bytes[begin:begin + CHUNK]) != self._sums[chunk]:
+            if zlib.crc32(self._bytes[begin:begin + CHUNK].tobytes()) != self._sums[chunk]:
                 raise DamagedShardError(
                     f"prepared={str(self._path)!r}: bytes {begin} to {min(begin + CHUNK, len(self._bytes))} are not "
                     f"what was written (checksum differs); restore the file, or remove the folder to prepare it again")
