@@ -65,15 +65,17 @@ MODES = ("any moment of a start", "between steps", "in a save")
 def interrupted(run: SmallRun, config: FaultsConfig) -> list[Outcome]:
     """One run that is killed and told to stop again and again, and then finished; beside it one that is left alone."""
     random = np.random.default_rng(config.seed)
+    run.finish(run.save_every)  # fills the cache of compiled programs
     began = time.monotonic()
-    run.finish(run.save_every)  # also fills the cache of compiled programs
+    run.finish(2 * run.save_every)
     seconds_of_a_start = time.monotonic() - began
     kinds = [(signal.SIGKILL, MODES[i % len(MODES)]) for i in range(config.kills)]
     kinds += [(signal.SIGTERM, MODES[1])] * config.terminations
     outcomes = {key: Outcome(f"{key[0].name} {key[1]}") for key in dict.fromkeys(kinds)}
     in_saves = 0
-    for number in random.permutation(len(kinds)):
+    for count, number in enumerate(random.permutation(len(kinds)), 1):
         how, mode = kinds[number]
+        print(f"{count} of {len(kinds)}: {how.name} {mode}", file=sys.stderr)
         left = run.unfinished()
         outcomes[how, mode].add(_interrupt(run, random, how, mode, seconds_of_a_start))
         in_saves += bool(run.unfinished() - left)

@@ -173,9 +173,9 @@ class Checkpoints:
             yield
         except Exception as error:
             self._manager.reload()  # it already counts the step that failed
-            with contextlib.suppress(OSError, KeyError):  # what is left of it takes the room of the next one
+            with contextlib.suppress(OSError):  # what is left of it takes the room of the next one
                 if jax.process_index() == 0:
-                    self._unfinished()[self._saving].rmtree()
+                    (self.folder / f"{self._saving}.orbax-checkpoint-tmp").rmtree(missing_ok=True)
             code = error.errno if isinstance(error, OSError) else None
             found = _OS_ERROR_CODE.search(str(error))
             code = code or (int(found[1]) if found else errno.EIO)

@@ -70,6 +70,8 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
             mesh = axes.make_mesh(dataclasses.astuple(config.mesh), devices)
             require_divisible_batch(config, mesh)
             use_compilation_cache(config.compilation_cache)
+            require(config.on_save_failure == "stop" or jax.process_count() == 1, "on_save_failure",
+                    config.on_save_failure, "must be stop with several processes, which have to fail alike")
             workdir = Path(config.workdir)
             folder = workdir / run.CHECKPOINTS
             checkpoints = stack.enter_context(Checkpoints(folder, keep_last=config.keep_checkpoints))
