@@ -42,9 +42,9 @@ def run(main: Callable[[], object], label: Callable[[], str] = str) -> None:
       label: gives what an error's line has behind `error: `, such as which process it is of.
 
     Raises:
-      SystemExit: with one line `error: ...` on stderr, code 2 after a `ValueError`, a `NotImplementedError`, or an
-        `OSError` that the user can mend (disk full, read-only, missing), code 1 after an `ArithmeticError` of ours
-        (`NonFiniteError`); code 130 after Ctrl-C.
+      SystemExit: with one line `error: ...` on stderr, code 2 after a `ValueError`, a `NotImplementedError`, a
+        `MemoryError` or an `OSError` that the user can mend (disk full, read-only, missing), code 1 after an
+        `ArithmeticError` of ours (`NonFiniteError`); code 130 after Ctrl-C.
     """
     # Orbax logs the traceback of a save that failed from its own thread; the error itself reaches us and is one line.
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -54,7 +54,7 @@ def run(main: Callable[[], object], label: Callable[[], str] = str) -> None:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (ValueError, NotImplementedError, OSError, ArithmeticError) as error:
+    except (ValueError, NotImplementedError, OSError, ArithmeticError, MemoryError) as error:
         not_ours = isinstance(error, _MISTAKES) or (isinstance(error, OSError) and error.errno not in _USER_ERRNO)
         if sys.flags.dev_mode or not_ours:
             raise

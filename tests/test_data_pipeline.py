@@ -15,7 +15,7 @@ import pytest
 from mfa_jax.config import DataConfig
 from mfa_jax.data.pipeline import eval_batches, make_loader
 from mfa_jax.data.prepare import prepare
-from mfa_jax.data.shards import Prepared
+from mfa_jax.data.shards import CHUNK, DamagedShardError, Prepared
 from mfa_jax.data.tokenizers import ByteTokenizer
 
 T = 8
@@ -229,3 +229,29 @@ def test_what_cannot_be_read_is_refused(corpus, tmp_path):
     nothing = prepare(all_train, Path(tmp_path) / "data", ByteTokenizer())
     with pytest.raises(ValueError, match="held_out=0.0: the held-out split has 0 tokens; nothing to evaluate on"):
         eval_batches(nothing, all_train, 1)
+
+
+@pytest.mark.parametrize("byte", [0, 70_000, -1])
+def test_a_flipped_bit_of_a_shard_is_named_where_it_is_read(tmp_path, byte):
+    """Three chunks of tokens: batches of the two that are whole are served, the damaged one is not."""
+    (tmp_path / "corpus.txt").write_text("abcdefgh" * 8192 + "\0tail")
+    config = DataConfig(source=str(tmp_path / "corpus.txt"), sequence_length=2048, batch_size=1, held_out=0.0)
+    prepared = prepare(config, tmp_path / "data", ByteTokenizer())
+    path = prepared.folder / "train.bin"
+    content = bytearray(path.read_bytes())
+    assert len(content) > 2 * CHUNK
+    content[byte] ^= 4
+    path.write_bytes(content)
+    place = range(len(content))[byte] // CHUNK * CHUNK
+    loader = make_loader(prepared, config)
+    served = 0
+    with pytest.raises(DamagedShardError, match=rf"train.bin': bytes {place} to \d+ are not what was written"):
+        while True:
+            batch = next(loader)
+            assert batch["inputs"].max() <= ord("t")
+            served += 1
+            assert served < 32, "an epoch without the damaged rows"
+    loader.close()
+    prepared_again = dataclasses.replace(prepared, folder=tmp_path / "again")
+    with pytest.raises(DamagedShardError, match="again/train.bin': it or its checksums cannot be read"):
+        next(make_loader(prepared_again, config))

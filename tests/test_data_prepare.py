@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mfa_jax.config import DataConfig
 from mfa_jax.data.prepare import prepare
-from mfa_jax.data.shards import META, SPLITS, Prepared, open_prepared
+from mfa_jax.data.shards import META, SPLITS, Prepared, open_prepared, write_checksums
 from mfa_jax.data.tokenizers import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -93,7 +93,8 @@ def test_a_small_corpus_holds_out_the_document_of_the_smallest_hash(tmp_path, ca
     assert texts_of(prepared, "train") == [text for text in texts if text != held_out]
     assert prepared.meta.held_out_by == "smallest hash" and "the one with the smallest is held out" in caplog.text
     assert {path.name for path in (tmp_path / "data").iterdir()} == {
-        META, *(f"{split}{suffix}" for split in SPLITS for suffix in (".bin", ".offsets.npy"))}
+        META, *(f"{split}{suffix}" for split in SPLITS for file in (".bin", ".offsets.npy")
+                for suffix in (file, f"{file}.crc32.npy"))}
 
 
 def test_a_single_document_gives_its_tail(tmp_path):
@@ -211,11 +212,31 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path):
     assert prepare(config, tmp_path / "empty", BYTES).size("train").documents == 1
 
 
+def older_format(folder: Path) -> None:
+    meta = json.loads((folder / META).read_text())
+    meta["settings"]["format"] = 1
+    (folder / META).write_text(json.dumps(meta))
+
+
+def other_offsets(folder: Path) -> None:
+    np.save(folder / "train.offsets.npy", np.arange(9))
+    write_checksums(folder / "train.offsets.npy")
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda folder: (folder / "train.bin").write_bytes(b"12"), "must have 8 bytes, has 2"),
     (lambda folder: (folder / "train.bin").unlink(), "the files of train cannot be read"),
-    (lambda folder: (folder / "held_out.offsets.npy").write_bytes(b""), "the files of held_out cannot be read"),
-    (lambda folder: np.save(folder / "train.offsets.npy", np.arange(9)), "its offsets must be of 1 documents"),
+    (lambda folder: (folder / "held_out.offsets.npy").write_bytes(b""),
+     "held_out.offsets.npy': has 0 bytes, which are 0 chunks, and 1 checksums"),
+    (lambda folder: np.save(folder / "train.offsets.npy", np.arange(9)),
+     "train.offsets.npy': bytes 0 to 200 are not what was written"),
+    (other_offsets, "its offsets must be of 1 documents"),
+    (lambda folder: np.save(folder / "train.offsets.npy", [1, 4]),
+     "train.offsets.npy': bytes 0 to 144 are not what was written"),
+    (lambda folder: (folder / "train.offsets.npy.crc32.npy").unlink(), "its checksums cannot be read"),
+    (lambda folder: np.save(folder / "train.offsets.npy.crc32.npy", np.zeros(2, np.uint32)),
+     "1 chunks, and 2 checksums"),
+    (older_format, "is of format 1, this is 2; remove the folder"),
     (lambda folder: (folder / META).write_text("{"), "meta.json is not JSON"),
     (lambda folder: (folder / META).write_text("{}"), "meta.json=.*missing field"),
     (lambda folder: (folder / META).write_text(json.dumps({"who": 1})), "unknown field"),

@@ -20,6 +20,7 @@ from mfa_jax import axes, capacity
 from mfa_jax.config import DataConfig, MeshConfig, TrainConfig
 from mfa_jax.plan import chips, compiler, costs, flops, groups, hlo, programs, report, search
 from mfa_jax.presets import model_preset
+from mfa_jax.train import compiling
 
 ROOT = Path(__file__).resolve().parent.parent
 V5P = chips.parse_topology("v5p:4x4x4")
@@ -251,13 +252,13 @@ def test_model_flops_of_a_decoded_token() -> None:
 
 
 def test_the_compilers_refusals_are_read() -> None:
-    error = compiler.DoesNotFitError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-                                     "temporaries (58.50G) exceeds available HBM (15.75G).")
+    error = compiling.DoesNotFitError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for "
+                                      "HLO temporaries (58.50G) exceeds available HBM (15.75G).")
     assert (error.needed, error.limit) == (round(58.5 * 2**30), round(15.75 * 2**30))
-    error = compiler.DoesNotFitError("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
-                                     "space hbm. Used 20.03G of 15.75G hbm. Exceeded hbm capacity by 4.28G.")
+    error = compiling.DoesNotFitError("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
+                                      "memory space hbm. Used 20.03G of 15.75G hbm. Exceeded hbm capacity by 4.28G.")
     assert (error.needed, error.limit) == (round(20.03 * 2**30), round(15.75 * 2**30))
-    assert compiler.DoesNotFitError("RESOURCE_EXHAUSTED: out of luck").needed is None
+    assert compiling.DoesNotFitError("RESOURCE_EXHAUSTED: out of luck").needed is None
 
 
 def test_arguments_of_a_device_are_the_closed_forms() -> None:
@@ -280,7 +281,7 @@ def test_arguments_of_a_device_are_the_closed_forms() -> None:
 
 
 def plan_for(topology: chips.Topology, fits: bool) -> report.Plan:
-    memory = report.Memory(1, 1, 1, 1, 1, 2**30)
+    memory = compiling.Memory(1, 1, 1, 1, 1, 2**30)
     return report.Plan(topology.name, {}, fits, None if fits else 2**40, None, 1.0, memory if fits else None, None,
                        None, None, 0.0, 0.0)
 

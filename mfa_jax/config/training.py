@@ -145,6 +145,16 @@ class TrainConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: int = 3
     """How many of the latest checkpoints stay; the one with the lowest held-out loss stays besides."""
+    on_save_failure: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written (disk full, ...) does to the run: it stops, or it goes on, tells, and
+    tries again at the next (in a run of one process); the save at the end of a run must succeed either way."""
+    compilation_cache: str | None = None
+    """Folder where compiled programs are kept, so that the next start need not compile: worth it wherever runs are
+    restarted. It is trusted like code, grows without bound, and serves one kind of device and version of JAX. None
+    leaves it to JAX_COMPILATION_CACHE_DIR: off unless that is set."""
+    profile: tuple[int, int] | None = None
+    """Two numbers: after how many steps a trace of the profiler begins, and how many steps it covers; it is written to
+    `<workdir>/profile`. None for no trace."""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "accumulate", "log_every", "eval_batches", "save_every", "keep_checkpoints")
@@ -153,5 +163,7 @@ class TrainConfig:
         require(self.z_loss >= 0, "z_loss", self.z_loss, "must not be negative")
         require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay,
                 "must be in (0, 1), or none")
+        require(self.profile is None or (len(self.profile) == 2 and self.profile[0] >= 0 and self.profile[1] >= 1),
+                "profile", self.profile, "must be a step from 0 on and a number of steps from 1 on, or none")
         if self.data.batch_size % self.accumulate:
             raise ValueError(f"batch_size={self.data.batch_size} is not a multiple of accumulate={self.accumulate}")

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Integer, Shaped
 
 from mfa_jax.config import DataConfig, require
-from mfa_jax.data.shards import Prepared, Split
+from mfa_jax.data.shards import Prepared, Split, Verified
 
 Batch = dict[str, Shaped[np.ndarray, "B T"]]
 """`inputs`, `targets`, `positions`, `segments` (int32) and `mask` (float32), each `[B, T]`.
@@ -39,7 +39,7 @@ class Windows:
         self._length, self._separate = config.sequence_length, config.separate_documents
         whole = max(prepared.size(split).tokens - 1, 0) // self._length
         self._rows = range(whole) if rows is None else rows
-        self._maps: tuple[np.ndarray, np.ndarray] | None = None
+        self._maps: tuple[Verified, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -57,9 +57,11 @@ class Windows:
 
     def _fill(self, row: dict[str, Shaped[np.ndarray, " T"]], start: int) -> None:
         if self._maps is None:
-            self._maps = self._prepared.tokens(self._split), self._prepared.offsets(self._split)
-        tokens, offsets = self._maps
+            verified = Verified(self._prepared.folder / f"{self._split}.bin")
+            self._maps = verified, self._prepared.tokens(self._split), self._prepared.offsets(self._split)
+        verified, tokens, offsets = self._maps
         window = tokens[start:start + self._length + 1]
+        verified.check(start * tokens.itemsize, (start + len(window)) * tokens.itemsize)
         count = len(window) - 1
         row["inputs"][:count], row["targets"][:count] = window[:-1], window[1:]
         row["positions"][:count] = np.arange(count)

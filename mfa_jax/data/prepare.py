@@ -27,7 +27,17 @@ import numpy as np
 from jaxtyping import Integer
 
 from mfa_jax.config import DataConfig, require, to_json
-from mfa_jax.data.shards import META, HeldOutBy, Meta, Prepared, Settings, Split, SplitSize, open_prepared
+from mfa_jax.data.shards import (
+    META,
+    HeldOutBy,
+    Meta,
+    Prepared,
+    Settings,
+    Split,
+    SplitSize,
+    open_prepared,
+    write_checksums,
+)
 from mfa_jax.data.sources import Document, documents, signature
 from mfa_jax.data.tokenizers import Tokenizer
 
@@ -121,7 +131,10 @@ class _SplitWriter:
     def finish(self) -> SplitSize:
         self.file.flush()
         os.fsync(self.file.fileno())
-        np.save(self.path.with_suffix(".offsets.npy"), np.asarray(self.ends, np.int64))
+        offsets = self.path.with_suffix(".offsets.npy")
+        np.save(offsets, np.asarray(self.ends, np.int64))
+        write_checksums(self.path)
+        write_checksums(offsets)
         return SplitSize(len(self.ends) - 1, self.ends[-1], self.text_bytes)
 
 

@@ -2,27 +2,34 @@
 
 A prepared folder holds, per split (`train`, `held_out`), `<split>.bin` (all tokens, flat, uint16 or uint32, each
 document followed by the end token), `<split>.offsets.npy` (int64; document i is tokens `offsets[i]:offsets[i+1]`),
-and `meta.json`.
+for each of the two a `<file>.crc32.npy` (uint32, the CRC-32 of every 64 KiB of it), and `meta.json`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Int64, Integer, UInt32
 
 from mfa_jax.config import from_dict, require
 
-FORMAT = 1
+FORMAT = 2
 META = "meta.json"
+CHUNK = 1 << 16
+"""Bytes that a checksum is of: few enough to be read along with a row of a batch."""
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 HeldOutBy = Literal["hash", "smallest hash", "tail of the only document", "source of its own", "nothing"]
+
+
+class DamagedShardError(ValueError):
+    """A token shard is not what was written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +93,66 @@ class Prepared:
         return np.asarray(np.load(self.folder / f"{split}.offsets.npy", mmap_mode="r"))
 
 
-def open_prepared(folder: str | Path) -> Prepared:
-    """Opens what `prepare` wrote.
+# ---- checksums -------------------------------------------------------------------------------------------------
+
+
+def _sums_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.crc32.npy")
+
+
+def write_checksums(path: Path) -> None:
+    """Writes the checksums of a finished file beside it."""
+    with path.open("rb") as file:
+        sums = [zlib.crc32(chunk) for chunk in iter(lambda: file.read(CHUNK), b"")]
+    np.save(_sums_of(path), np.asarray(sums, np.uint32))
+
+
+class Verified:
+    """Checks a file against its checksums, each chunk when it is first asked for: a corpus need not be read twice.
 
     Raises:
-      ValueError: no prepared folder, or one whose files are not as `meta.json` says.
+      DamagedShardError: the checksums cannot be read, or are not of a file of this size.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            size = path.stat().st_size
+            self._bytes = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+            self._sums: UInt32[np.ndarray, " chunks"] = np.load(_sums_of(path))
+        except (OSError, ValueError, EOFError) as error:
+            raise DamagedShardError(f"prepared={str(path)!r}: it or its checksums cannot be read ({error})") from error
+        chunks = -(-size // CHUNK)
+        if self._sums.shape != (chunks,):
+            raise DamagedShardError(f"prepared={str(path)!r}: has {size} bytes, which are {chunks} chunks, and "
+                                    f"{self._sums.size} checksums; one of the two is not what was written")
+        self._checked = np.zeros(chunks, bool)
+
+    def check(self, start: int, stop: int) -> None:
+        """Raises `DamagedShardError`, with the place, unless bytes `start` to `stop` are those that were written."""
+        for chunk in range(start // CHUNK, -(-stop // CHUNK)):
+            if self._checked[chunk]:
+                continue
+            begin = chunk * CHUNK
+            if zlib.crc32(self._bytes[begin:begin + CHUNK].tobytes()) != self._sums[chunk]:
+                raise DamagedShardError(
+                    f"prepared={str(self._path)!r}: bytes {begin} to {min(begin + CHUNK, len(self._bytes))} are not "
+                    f"what was written (checksum differs); restore the file, or remove the folder to prepare it again")
+            self._checked[chunk] = True
+
+    def check_all(self) -> None:
+        """Raises `DamagedShardError`, with the first place, unless the whole file is what was written."""
+        self.check(0, len(self._bytes))
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------
+
+
+def open_prepared(folder: str | Path) -> Prepared:
+    """Opens what `prepare` wrote. Offsets are checked whole; tokens are where they are read (`Verified`).
+
+    Raises:
+      ValueError: no prepared folder, one of another format, or one whose files are not as `meta.json` says.
     """
     folder = Path(folder)
     try:
@@ -100,12 +162,16 @@ def open_prepared(folder: str | Path) -> Prepared:
     except ValueError as error:
         raise ValueError(f"prepared={str(folder)!r}: {META} is not JSON ({error})") from error
     prepared = Prepared(folder, from_dict(Meta, content, str(folder / META)))
+    found = prepared.meta.settings.format
+    require(found == FORMAT, "prepared", str(folder), f"is of format {found}, this is {FORMAT}; remove the folder, and "
+            "the data are prepared again")
     for split in SPLITS:
         _check_files(prepared, split)
     return prepared
 
 
 def _check_files(prepared: Prepared, split: Split) -> None:
+    Verified(prepared.folder / f"{split}.offsets.npy").check_all()
     size, path = prepared.size(split), prepared.folder / f"{split}.bin"
     expected = size.tokens * np.dtype(prepared.meta.dtype).itemsize
     try:

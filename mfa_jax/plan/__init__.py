@@ -5,10 +5,11 @@ compiled program, `report` sets it against the chip, `search` looks for the smal
 """
 
 from mfa_jax.plan.chips import CHIPS, Chip, Topology, parse_topology
-from mfa_jax.plan.compiler import DoesNotFitError, libtpu, mesh_of, prepare
+from mfa_jax.plan.compiler import libtpu, mesh_of, prepare
 from mfa_jax.plan.programs import Decoding
 from mfa_jax.plan.report import Plan, plan_decoding, plan_training
 from mfa_jax.plan.search import Suggestion, suggest
+from mfa_jax.train.compiling import DoesNotFitError
 
 __all__ = [
     "CHIPS", "Chip", "Decoding", "DoesNotFitError", "Plan", "Suggestion", "Topology", "libtpu", "mesh_of",

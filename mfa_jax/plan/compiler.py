@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import resource
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -68,42 +66,3 @@ def mesh_of(topology: Topology, sizes: tuple[int, ...]) -> Mesh:
         wanted = ", ".join(f"{axis}={size}" for axis, size in zip(axes.MESH_AXES, sizes, strict=True))
         raise ValueError(f"mesh {wanted} does not lie on {topology.name}: each axis must be a product of whole "
                          f"dimensions of {topology.shape}") from error
-
-
-class DoesNotFitError(Exception):
-    """A program that needs more memory than a device has.
-
-    Attributes:
-      needed: bytes that the compiler counted, the whole of the program or its temporaries alone; None if it did not
-        say.
-      limit: bytes that it has to give; None if it did not say.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        sizes = _SIZES.search(message)
-        self.needed = _to_bytes(sizes[1] or sizes[3]) if sizes else None
-        self.limit = _to_bytes(sizes[2] or sizes[4]) if sizes else None
-
-
-_SIZE = r"([\d.]+[KMGT]?)"
-_SIZES = re.compile(rf"Used {_SIZE} of {_SIZE} hbm|HLO temporaries \({_SIZE}\) exceeds available HBM \({_SIZE}\)")
-
-
-def _to_bytes(text: str) -> int:
-    power = "KMGT".find(text[-1]) + 1
-    return round(float(text[:-1] if power else text) * 1024**power)
-
-
-def compile_program(lowered: Any) -> Any:
-    """`lowered.compile()`.
-
-    Raises:
-      DoesNotFitError: the program needs more memory than a device has.
-    """
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise DoesNotFitError(str(error)) from error

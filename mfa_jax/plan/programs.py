@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from mfa_jax.config import ModelConfig, TrainConfig
 from mfa_jax.generate import SamplingConfig, lower_decode
@@ -16,7 +16,14 @@ from mfa_jax.generate.loop import abstract_state
 from mfa_jax.model.transformer import Transformer
 from mfa_jax.train import run
 from mfa_jax.train.optimizer import make_optimizer, make_schedule
-from mfa_jax.train.step import BATCH_SPEC, TrainState, jit_step, make_train_step, require_divisible_batch, state_layout
+from mfa_jax.train.step import (
+    TrainState,
+    abstract_batch,
+    jit_step,
+    make_train_step,
+    require_divisible_batch,
+    state_layout,
+)
 
 
 def training_state(config: TrainConfig, mesh: Mesh) -> TrainState:
@@ -38,13 +45,7 @@ def training_arguments(config: TrainConfig, mesh: Mesh) -> int:
       ValueError: a batch or a size of the model that does not divide over its mesh axes.
     """
     require_divisible_batch(config, mesh)
-    return bytes_per_device((training_state(config, mesh), _batch(config, mesh)))
-
-
-def _batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    shape, at = (config.data.batch_size, config.data.sequence_length), NamedSharding(mesh, BATCH_SPEC)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "mask" else jnp.int32, sharding=at)
-            for name in ("inputs", "targets", "positions", "segments", "mask")}
+    return bytes_per_device((training_state(config, mesh), abstract_batch(config, mesh)))
 
 
 def lower_training(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
@@ -58,7 +59,7 @@ def lower_training(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     optimizer = make_optimizer(config.optimizer, config.steps, layout.params)
     step = make_train_step(config, model, optimizer, make_schedule(config.optimizer, config.steps))
     with jax.set_mesh(mesh):
-        return jit_step(step, layout).lower(layout, _batch(config, mesh))
+        return jit_step(step, layout).lower(layout, abstract_batch(config, mesh))
 
 
 @dataclasses.dataclass(frozen=True)

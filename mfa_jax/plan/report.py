@@ -22,25 +22,9 @@ from mfa_jax import capacity
 from mfa_jax.config import ModelConfig, TrainConfig
 from mfa_jax.plan import hlo
 from mfa_jax.plan.chips import Topology, bytes_sent, collective_seconds
-from mfa_jax.plan.compiler import DoesNotFitError, compile_program
 from mfa_jax.plan.costs import Collective, Costs, count, decode_loop
 from mfa_jax.plan.programs import Decoding, lower_decoding, lower_training
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of one device."""
-
-    arguments: int
-    """What the program is given: training state and batch, or parameters and caches."""
-    output: int
-    aliased: int
-    """Of the output, what lies where an argument lay."""
-    temporaries: int
-    """As the compiler sums them up; they need not all live at once, so that the peak may be below."""
-    code: int
-    peak: int
-    """At any time, arguments counted in."""
+from mfa_jax.train.compiling import DoesNotFitError, Memory, compile_program, memory_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +126,7 @@ def _plan(lowered: Any, start: float, flops: float, topology: Topology, mesh: Me
     memory = prediction = error = None
     compiler: dict[str, float] = {}
     try:
-        program = compile_program(lowered)
+        program = compile_program(lowered, "tpu", mesh.size)
     except DoesNotFitError as refusal:
         error = refusal
     compiled_at = time.perf_counter()
@@ -156,14 +140,6 @@ def _plan(lowered: Any, start: float, flops: float, topology: Topology, mesh: Me
         model_flops=flops / mesh.size, memory=memory, prediction=prediction,
         compiler_flops=compiler.get("flops"), compiler_bytes=compiler.get("bytes accessed"),
         lower_seconds=lowered_at - start, compile_seconds=compiled_at - lowered_at)
-
-
-def memory_of(program: Any) -> Memory:
-    """What the compiler says of a compiled program's memory."""
-    found = program.memory_analysis()
-    return Memory(
-        arguments=found.argument_size_in_bytes, output=found.output_size_in_bytes, aliased=found.alias_size_in_bytes,
-        temporaries=found.temp_size_in_bytes, code=found.generated_code_size_in_bytes, peak=found.peak_memory_in_bytes)
 
 
 def predict(costs: Costs, model_flops: float, topology: Topology, mesh: Mesh) -> Prediction:

@@ -167,6 +167,9 @@ class Checkpoints:
             yield
         except Exception as error:
             self._manager.reload()  # it already counts the step that failed
+            with contextlib.suppress(OSError):  # what is left of it takes the room of the next one
+                if jax.process_index() == 0:
+                    (self.folder / f"{self._saving}.orbax-checkpoint-tmp").rmtree(missing_ok=True)
             code = error.errno if isinstance(error, OSError) else None
             found = _OS_ERROR_CODE.search(str(error))
             code = code or (int(found[1]) if found else errno.EIO)
@@ -175,11 +178,7 @@ class Checkpoints:
                                        str(self.folder)) from error
 
     def close(self) -> None:
-        """Waits for the last save and frees the threads.
-
-        Raises:
-          CheckpointWriteError: the last save failed.
-        """
+        """Waits for the last save and frees the threads; raises `CheckpointWriteError` if it failed."""
         try:
             self.wait()
         finally:

@@ -4,38 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 from mfa_jax import axes, capacity
 from mfa_jax.config import TrainConfig, from_dict, require, to_dict, to_json
-from mfa_jax.data import Batches, Prepared, Tokenizer, eval_batches, load_tokenizer, make_loader, prepare
-from mfa_jax.model.transformer import Transformer
+from mfa_jax.data import Batches, Prepared, load_tokenizer, make_loader, prepare
 from mfa_jax.train import processes, run
-from mfa_jax.train.checkpoint import Checkpoints, Restored
+from mfa_jax.train.checkpoint import Checkpoints, CheckpointWriteError, Restored
+from mfa_jax.train.compiling import explaining_memory, use_compilation_cache
+from mfa_jax.train.feed import Feed
+from mfa_jax.train.goodput import Goodput
 from mfa_jax.train.metrics import MetricsWriter, Progress, peak_flops
-from mfa_jax.train.optimizer import make_optimizer, make_schedule
-from mfa_jax.train.step import (
-    BATCH_SPEC,
-    TrainState,
-    batch_loss,
-    create_state,
-    data_shard,
-    jit_step,
-    make_train_step,
-    require_divisible_batch,
-    state_layout,
-    watched_leaves,
-)
+from mfa_jax.train.parts import Parts
+from mfa_jax.train.profiling import ProfileWindow
+from mfa_jax.train.step import TrainState, data_shard, require_divisible_batch, watched_leaves
 
 log = logging.getLogger(__name__)
 
@@ -72,21 +62,31 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
         tokenizer's, a workdir of another model, ...), named with its value; processes whose configs or data differ.
       NonFiniteError: a number that is not finite; the checkpoints are those from before.
       CheckpointWriteError: a checkpoint could not be written; the earlier ones are intact.
+      DeviceMemoryError: a device ran out of memory; the message has what the compiled step needs.
     """
-    mesh = axes.make_mesh(dataclasses.astuple(config.mesh), devices)
-    require_divisible_batch(config, mesh)
-    workdir = Path(config.workdir)
-    checkpoints = Checkpoints(workdir / run.CHECKPOINTS, keep_last=config.keep_checkpoints)
-    with checkpoints, jax.set_mesh(mesh):
-        _require_same_run(config, checkpoints)
-        processes.require_same("config", to_json(config))
-        _, prepared = processes.leader_first(lambda: _open_data(config, workdir))
-        processes.require_same("prepared data", to_json(prepared.meta))
-        parts = _Parts.build(config, mesh, prepared)
-        restored = checkpoints.restore(_items(parts.layout))
-        loader = make_loader(prepared, config.data, "train", *data_shard(mesh, config.data.batch_size))
-        state = _start(config, parts, restored, loader)
-        start = int(state.step)
+    goodput = Goodput()
+    with contextlib.ExitStack() as stack:
+        with goodput.phase("setup"):
+            mesh = axes.make_mesh(dataclasses.astuple(config.mesh), devices)
+            require_divisible_batch(config, mesh)
+            use_compilation_cache(config.compilation_cache)
+            require(config.on_save_failure == "stop" or jax.process_count() == 1, "on_save_failure",
+                    config.on_save_failure, "must be stop with several processes, which have to fail alike")
+            workdir = Path(config.workdir)
+            folder = workdir / run.CHECKPOINTS
+            checkpoints = stack.enter_context(Checkpoints(folder, keep_last=config.keep_checkpoints))
+            _require_same_run(config, checkpoints)
+            processes.require_same("config", to_json(config))
+            prepared = processes.leader_first(lambda: _open_data(config, workdir))
+            processes.require_same("prepared data", to_json(prepared.meta))
+        stack.enter_context(jax.set_mesh(mesh))
+        parts = Parts.build(config, mesh, prepared, goodput)
+        stack.enter_context(explaining_memory(config, mesh.devices.flat[0], parts.memory))
+        with goodput.phase("restore"):
+            restored = checkpoints.restore(checkpoint_items(parts.layout))
+            loader = make_loader(prepared, config.data, "train", *data_shard(mesh, config.data.batch_size))
+            state = _start(config, parts, restored, loader)
+            start = int(state.step)
         require(start <= config.steps, "steps", config.steps, f"the run in {config.workdir} is at step {start} already")
         leader = jax.process_index() == 0
         if leader:
@@ -99,43 +99,18 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
         ):
             if restored is not None:
                 bar.print(f"resumed at step {start} from {checkpoints.folder}")
-            loop = _Loop(config, parts, checkpoints, loader, writer, bar)
+            loop = _Loop(config, parts, checkpoints, Feed(loader, mesh, goodput), writer, bar, goodput)
             loop.metrics |= {} if restored is None else restored.meta["metrics"]
             return loop.run(state, stop)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parts:
-    """What a run is compiled from."""
-
-    mesh: Mesh
-    prepared: Prepared
-    layout: TrainState
-    create: Callable[[], TrainState]
-    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
-    evaluate: Callable[[Any, Any], Any]
-
-    @classmethod
-    def build(cls, config: TrainConfig, mesh: Mesh, prepared: Prepared) -> _Parts:
-        model = Transformer(config.model)
-        optimizer = make_optimizer(config.optimizer, config.steps, run.abstract_params(model, mesh))
-        layout = state_layout(config, model, optimizer, mesh)
-        step = make_train_step(config, model, optimizer, make_schedule(config.optimizer, config.steps))
-        return cls(
-            mesh, prepared, layout, functools.partial(create_state, config, model, optimizer, layout),
-            jit_step(step, layout),
-            jax.jit(lambda params, batch: batch_loss(dataclasses.replace(config, z_loss=0.0), model, params, batch),
-                    out_shardings=layout.step.sharding),
-        )
-
-
-def _items(state: Any) -> dict[str, Any]:
+def checkpoint_items(state: Any) -> dict[str, Any]:
     """The state as the named trees of a checkpoint, each of which can be read alone."""
     trees = {"params": state.params, "optimizer": state.optimizer, "counters": {"step": state.step, "rng": state.rng}}
     return trees | ({"ema": state.ema} if state.ema else {})
 
 
-def _open_data(config: TrainConfig, workdir: Path) -> tuple[Tokenizer, Prepared]:
+def _open_data(config: TrainConfig, workdir: Path) -> Prepared:
     saved = workdir / run.TOKENIZER
     # A run keeps its tokenizer: it goes on without the file it came from.
     tokenizer = load_tokenizer(saved if saved.exists() else config.data.tokenizer)
@@ -144,7 +119,7 @@ def _open_data(config: TrainConfig, workdir: Path) -> tuple[Tokenizer, Prepared]
     prepared = prepare(config.data, config.data.prepared or workdir / run.DATA, tokenizer)
     if not saved.exists():
         tokenizer.save(saved)
-    return tokenizer, prepared
+    return prepared
 
 
 def _require_same_run(config: TrainConfig, checkpoints: Checkpoints) -> None:
@@ -154,7 +129,7 @@ def _require_same_run(config: TrainConfig, checkpoints: Checkpoints) -> None:
         run.require_same_model(saved.model, config.model, config.workdir)
 
 
-def _start(config: TrainConfig, parts: _Parts, restored: Restored | None, loader: Batches) -> TrainState:
+def _start(config: TrainConfig, parts: Parts, restored: Restored | None, loader: Batches) -> TrainState:
     if restored is None:
         return parts.create()
     loader.set_state(restored.meta["data"])
@@ -167,23 +142,42 @@ class _Loop:
     """The steps of one start."""
 
     def __init__(
-        self, config: TrainConfig, parts: _Parts, checkpoints: Checkpoints, loader: Batches, writer: MetricsWriter,
-        bar: Progress,
+        self, config: TrainConfig, parts: Parts, checkpoints: Checkpoints, feed: Feed, writer: MetricsWriter,
+        bar: Progress, goodput: Goodput,
     ) -> None:
         self.config, self.parts, self.checkpoints = config, parts, checkpoints
-        self.loader, self.writer, self.bar = loader, writer, bar
+        self.feed, self.writer, self.bar, self.goodput = feed, writer, bar, goodput
         self.metrics: dict[str, Any] = {}
-        peak = peak_flops(jax.devices()[0])
+        self.failed_saves = 0
+        peak = peak_flops(parts.mesh.devices.flat[0])
         self.flops = capacity.training_flops_per_token(config.model, config.data.sequence_length)
         self.peak = None if peak is None else peak * parts.mesh.size
 
     def run(self, state: TrainState, stop: Callable[[int], bool]) -> TrainResult:
+        with ProfileWindow(self.config.profile, Path(self.config.workdir) / "profile", self.goodput) as profile:
+            step, saved, state = self._steps(state, stop, profile)
+        if step > saved:
+            self.bar.print(f"told to stop: saving step {step}")
+            self._save(step, state, None, last=True)
+        with self.goodput.phase("checkpoint"):
+            self.checkpoints.wait()
+        self.metrics |= self.goodput.metrics()
+        self.bar.print(self.goodput.summary())
+        return TrainResult(step, step < self.config.steps, self.metrics)
+
+    def _steps(
+        self, state: TrainState, stop: Callable[[int], bool], profile: ProfileWindow
+    ) -> tuple[int, int, TrainState]:
+        """Steps until done or told to stop: the last step, the last one saved, and the state."""
         config, step, saved = self.config, int(state.step), int(state.step)
         pending: dict[str, Any] | None = None
         began, steps_timed = time.perf_counter(), 0
         while step < config.steps and not stop(step):
-            batch = self._to_mesh(next(self.loader))
-            state, fresh = self.parts.step(state, batch)
+            profile.at(step, state)
+            batch = self.feed.take()
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, fresh = self.parts.step(state, batch)
+            self.feed.read_ahead(fresh["loss"])
             step, steps_timed = step + 1, steps_timed + 1
             # The flag of the step before: reading this step's would leave the device idle until the next is issued.
             self._require_finite(pending, step - 1, state)
@@ -201,19 +195,11 @@ class _Loop:
             if line or evaluation:
                 self.writer.write(step, line | evaluation)
             if save:
-                self._save(step, state, evaluation.get("eval_loss"))
+                self._save(step, state, evaluation.get("eval_loss"), last=last)
                 saved = step
             began, steps_timed = time.perf_counter(), 0
         self._require_finite(pending, step, state)
-        if step > saved:
-            self.bar.print(f"told to stop: saving step {step}")
-            self._save(step, state, None)
-        self.checkpoints.wait()
-        return TrainResult(step, step < config.steps, self.metrics)
-
-    def _to_mesh(self, batch: Any) -> Any:
-        where = NamedSharding(self.parts.mesh, BATCH_SPEC)
-        return {name: jax.make_array_from_process_local_data(where, rows) for name, rows in batch.items()}
+        return step, saved, state
 
     def _require_finite(self, metrics: dict[str, Any] | None, step: int, state: TrainState) -> None:
         bad = -1 if metrics is None else int(metrics["bad_leaf"])
@@ -226,31 +212,37 @@ class _Loop:
         values = {name: np.asarray(value).tolist() for name, value in metrics.items() if name != "bad_leaf"}
         size = self.parts.prepared.size("train")
         rate = steps * self.config.data.batch_size * self.config.data.sequence_length / seconds
-        values |= {"bits_per_byte": values["loss"] / math.log(2) / size.bytes_per_token, "tokens_per_second": rate}
+        values |= {"bits_per_byte": values["loss"] / math.log(2) / size.bytes_per_token, "tokens_per_second": rate,
+                   "tokens_per_second_per_device": rate / self.parts.mesh.size, **self.goodput.metrics()}
+        if self.failed_saves:
+            values["failed_saves"] = self.failed_saves
         if self.peak is not None:
             values["mfu"] = rate * self.flops / self.peak
         self.bar.update(step, loss=values["loss"], tokens_per_second=rate)
         return values
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        """Held-out loss in nats per token and bits per byte, of the weights and of their moving average."""
-        size = self.parts.prepared.size("held_out")
-        if size.tokens < 2:
-            return {}
-        found = {}
-        for prefix, params in (("eval", state.params), ("eval_ema", state.ema)):
-            if not params:
-                continue
-            nll = tokens = 0.0
-            for batch in eval_batches(self.parts.prepared, self.config.data, self.config.eval_batches,
-                                      *data_shard(self.parts.mesh, self.config.data.batch_size)):
-                sums = self.parts.evaluate(params, self._to_mesh(batch))
-                nll, tokens = nll + float(sums.nll), tokens + float(sums.tokens)
-            found[f"{prefix}_loss"] = nll / tokens
-            found[f"{prefix}_bits_per_byte"] = nll / tokens / math.log(2) / size.bytes_per_token
-        self.bar.print("  ".join([f"step {step}", *(f"{name} {value:.4f}" for name, value in found.items())]))
+        with self.goodput.phase("evaluate"):
+            found = self.parts.evaluate(state)
+        if found:
+            self.bar.print("  ".join([f"step {step}", *(f"{name} {value:.4f}" for name, value in found.items())]))
         return found
 
-    def _save(self, step: int, state: TrainState, metric: float | None) -> None:
-        meta = {"config": to_dict(self.config), "data": self.loader.get_state(), "metrics": self.metrics}
-        self.checkpoints.save(step, _items(state), meta, metric=metric)
+    def _save(self, step: int, state: TrainState, metric: float | None, *, last: bool) -> None:
+        """Starts a save, once the one before is written; what to do where one fails is the config's choice."""
+        meta = {"config": to_dict(self.config), "data": self.feed.place, "metrics": self.metrics}
+        with self.goodput.phase("checkpoint"):
+            with self._save_failures():
+                self.checkpoints.wait()
+            with contextlib.nullcontext() if last else self._save_failures():
+                self.checkpoints.save(step, checkpoint_items(state), meta, metric=metric)
+
+    @contextlib.contextmanager
+    def _save_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointWriteError as error:
+            if self.config.on_save_failure == "stop":
+                raise
+            self.failed_saves += 1
+            log.warning("%s: %s; the run goes on", error.filename, error.strerror)

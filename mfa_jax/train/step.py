@@ -164,6 +164,13 @@ def make_train_step(
     return step
 
 
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a step is given beside the state: shapes, types and places of a batch."""
+    shape, at = (config.data.batch_size, config.data.sequence_length), NamedSharding(mesh, BATCH_SPEC)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "mask" else jnp.int32, sharding=at)
+            for name in ("inputs", "targets", "positions", "segments", "mask")}
+
+
 def jit_step(step: Callable[[TrainState, Any], Any], layout: TrainState) -> Any:
     """A step compiled for states of that layout, which it takes over; every process has all of its metrics."""
     where = jax.tree.map(lambda leaf: leaf.sharding, layout)

@@ -1,0 +1,219 @@
+"""Where the time of a run goes, what is read ahead, which flags compile it, and what is said when memory runs out."""
+
+from __future__ import annotations
+
+import time
+import types
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mfa_jax import axes
+from mfa_jax.config import TrainConfig
+from mfa_jax.data import Batches
+from mfa_jax.train import compiler_flags, goodput, loop, parts, run
+from mfa_jax.train.checkpoint import Checkpoints, CheckpointWriteError
+from mfa_jax.train.compiler_flags import Flag, compiler_options
+from mfa_jax.train.compiling import DeviceMemoryError, DoesNotFitError, Memory, explaining_memory
+from mfa_jax.train.feed import Feed
+from mfa_jax.train.goodput import Goodput
+from tests.test_train import config_for, corpus, metric_lines, saved_leaves, train_on_one  # noqa: F401  # a fixture
+
+pytestmark = pytest.mark.xdist_group("train")
+
+
+# ---- goodput ---------------------------------------------------------------------------------------------------
+
+
+def test_goodput_is_what_no_phase_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 100.0, 103.0, 110.0])
+    monkeypatch.setattr(goodput, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    found = Goodput()
+    with found.phase("compile"):
+        pass
+    found.add("data", 1.0)
+    metrics = found.metrics()
+    assert metrics["goodput"] == pytest.approx(0.6)
+    assert metrics["seconds/compile"] == 3.0 and metrics["seconds/data"] == 1.0 and metrics["seconds/steps"] == 6.0
+    assert sum(value for name, value in metrics.items() if name != "goodput") == pytest.approx(10.0)
+
+
+def test_a_phase_counts_although_it_ends_in_an_error() -> None:
+    found = Goodput()
+    with pytest.raises(RuntimeError), found.phase("restore"):
+        time.sleep(0.01)
+        raise RuntimeError("no")
+    assert found.metrics()["seconds/restore"] >= 0.01
+    assert found.summary().startswith("goodput ") and "compile" not in found.summary()
+
+
+# ---- data ------------------------------------------------------------------------------------------------------
+
+
+class Counting(Batches):
+    """A loader of batches 0, 1, 2, ..."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self.drawn += 1
+        return {"inputs": np.full((2, 4), self.drawn - 1, np.int32)}
+
+    def get_state(self) -> dict[str, int | str]:
+        return {"next_index": self.drawn}
+
+
+def test_what_was_read_ahead_is_not_in_the_place_of_a_checkpoint() -> None:
+    mesh = axes.make_mesh((1,) * 5, jax.devices()[:1])
+    loader, clock = Counting(), Goodput()
+    feed = Feed(loader, mesh, clock)
+    assert feed.place == {"next_index": 0}
+    done = jax.block_until_ready(jnp.zeros(()))
+    for number in range(3):
+        batch = feed.take()
+        np.testing.assert_array_equal(batch["inputs"], np.full((2, 4), number))
+        assert feed.place == {"next_index": number + 1}
+        feed.read_ahead(done)
+        assert loader.drawn == number + 2 and feed.place == {"next_index": number + 1}
+    assert clock.metrics()["seconds/data"] > 0, "the devices were waiting: it counts"
+    before = clock.metrics()["seconds/data"]
+    feed.read_ahead(mock.Mock(is_ready=lambda: False))
+    assert clock.metrics()["seconds/data"] == before, "the devices were busy all the while"
+
+
+
+# ---- a whole run -----------------------------------------------------------------------------------------------
+
+
+def record_order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """When a step is issued, a batch drawn, and the flag of a step read."""
+    events: list[str] = []
+    draw, compiled, read = Batches.__next__, parts.compile_program, loop._Loop._require_finite
+
+    class Step:
+        def __init__(self, program: Any) -> None:
+            self.memory_analysis, self._program = program.memory_analysis, program
+
+        def __call__(self, *arguments: Any) -> Any:
+            events.append("issue")
+            return self._program(*arguments)
+
+    def note(name: str, function: Any) -> Any:
+        def noted(*arguments: Any) -> Any:
+            events.append(name)
+            return function(*arguments)
+        return noted
+
+    monkeypatch.setattr(parts, "compile_program", lambda *arguments: Step(compiled(*arguments)))
+    monkeypatch.setattr(Batches, "__next__", note("draw", draw))
+    monkeypatch.setattr(loop._Loop, "_require_finite", note("read", read))
+    return events
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_save_goes_on_if_told_to_and_says_where_its_time_went(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture  # noqa: F811
+) -> None:
+    config = config_for(tmp_path / "run", corpus, log_every=1, save_every=2, profile=(2, 2), eval_every=0,
+                        on_save_failure="continue", compilation_cache=str(tmp_path / "cache"))
+    save = Checkpoints.save
+    full = [2]
+    events = record_order(monkeypatch)
+
+    def failing(self: Checkpoints, step: int, *rest: Any, **more: Any) -> None:
+        if step in full:
+            raise CheckpointWriteError(28, f"checkpoint of step {step} was not written: No space left", "there")
+        save(self, step, *rest, **more)
+
+    monkeypatch.setattr(Checkpoints, "save", failing)
+    cache = {name: jax.config.values[name] for name in ("jax_compilation_cache_dir",
+                                                        "jax_persistent_cache_min_compile_time_secs")}
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        result = train_on_one(config)
+        assert list((tmp_path / "cache").iterdir()), "nothing was kept of what was compiled"
+    finally:
+        for name, value in cache.items():
+            jax.config.update(name, value)
+        jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    issued = [number for number, event in enumerate(events) if event == "issue"]
+    assert len(issued) == 6 and all(events[number + 1] == "draw" for number in issued), \
+        "the next batch is on its way before anything waits for the step"
+    assert "step 2 was not written: No space left; the run goes on" in caplog.text
+    lines = metric_lines(config.workdir)
+    assert [line.get("failed_saves") for line in lines] == [None, None, 1, 1, 1, 1]
+    with Checkpoints(tmp_path / "run" / run.CHECKPOINTS, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [4, 6]
+    for line in lines:
+        assert 0 < line["goodput"] < 1 and line["seconds/compile"] > 0 and line["seconds/restore"] > 0
+        assert line["tokens_per_second_per_device"] == line["tokens_per_second"]
+    assert lines[-1]["seconds/checkpoint"] > lines[1]["seconds/checkpoint"] == 0
+    assert [line["seconds/profile"] > 0 for line in lines] == [False, False, True, True, True, True]
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
+    assert result.metrics["seconds/checkpoint"] > lines[-1]["seconds/checkpoint"], "the last save is in the result"
+    full[:] = [8]
+    straight = config_for(tmp_path / "run", corpus, steps=8, save_every=2, eval_every=0, on_save_failure="continue")
+    with pytest.raises(CheckpointWriteError, match="step 8"):
+        train_on_one(straight)  # what was done since is lost, so the last one has to be told
+    assert run.load_trained(tmp_path / "run").step == 6
+    assert saved_leaves(straight)["embed"].size
+
+
+@pytest.mark.parametrize("window", [(-1, 2), (3, 0)])
+def test_a_window_that_is_none(window: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="profile=.*must be a step from 0 on and a number of steps from 1 on"):
+        TrainConfig(profile=window)
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------
+
+
+def test_flags_are_for_several_devices_and_the_users_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = (Flag("xla_one", True, "why", "where"), Flag("xla_two", False, "why", "where"))
+    monkeypatch.setattr(compiler_flags, "FLAGS", {"gpu": flags})
+    assert compiler_options("gpu", 8, {}) == {"xla_one": True, "xla_two": False}
+    assert compiler_options("gpu", 1, {}) == compiler_options("cpu", 8, {}) == {}
+    assert compiler_options("gpu", 8, {"XLA_FLAGS": "--xla_one=false --xla_else=1"}) == {"xla_two": False}
+    assert compiler_options("gpu", 8, {"LIBTPU_INIT_ARGS": "--xla_two=true"}) == {"xla_one": True}
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+def test_running_out_of_memory_says_what_the_step_needs() -> None:
+    """XLA really refuses the allocation; the device that says what it has to give is a stand-in."""
+    memory = Memory(arguments=3 * 2**30, output=2**30, aliased=2**30, temporaries=2 * 2**30, code=0, peak=4 * 2**30)
+    gpu = mock.Mock(platform="gpu", memory_stats=lambda: {"bytes_limit": 2**31})
+
+    def allocate() -> jax.Array:
+        return jax.block_until_ready(jax.jit(lambda: jnp.zeros((2**24, 2**24)))())  # a petabyte
+
+    with pytest.raises(DeviceMemoryError) as caught, explaining_memory(TrainConfig(), gpu, memory):
+        allocate()
+    message = str(caught.value)
+    assert "a training step needs 4.00 GiB of each device (3.00 GiB state and batch, 2.00 GiB temporaries)" in message
+    assert "2.00 GiB is what it has to give" in message and "model.remat=full (now none)" in message
+    assert "RESOURCE_EXHAUSTED" in message and isinstance(caught.value, MemoryError)
+    with pytest.raises(DeviceMemoryError, match=r"needs 5.00 GiB .* how much it has is not known"), explaining_memory(
+            TrainConfig(), jax.devices()[0], memory):
+        allocate()
+
+
+def test_a_step_that_does_not_compile_for_its_memory_says_so() -> None:
+    refusal = "RESOURCE_EXHAUSTED: ... Used 20.00G of 15.75G hbm. Exceeded hbm capacity by 4.25G."
+    with pytest.raises(DeviceMemoryError, match=r"needs 20.00 GiB of each device, and 15.75 GiB is what it has"), \
+            explaining_memory(TrainConfig(), jax.devices()[0]):
+        raise DoesNotFitError(refusal)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    memory = Memory(1, 1, 1, 1, 1, 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), explaining_memory(
+            TrainConfig(), jax.devices()[0], memory):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no")
