@@ -84,7 +84,7 @@ class BenchDecodeKernelConfig:
     torch: bool = True
     """Measure PyTorch too, where it is installed."""
     leave_out: tuple[str, ...] = ()
-    """Names of sides that are not measured, such as `torch flex`, which takes the longest to compile."""
+    """Names of peers that are not measured, such as `torch flex`, which takes the longest to compile."""
     layer: bool = True
     """Measure Step-3's attention layer too, projections included."""
     tiny: bool = False
@@ -99,7 +99,7 @@ class BenchDecodeKernelConfig:
             require(name in NAMES, "cases", name, f"must be of {', '.join(NAMES)}")
         for name in self.cache_dtypes:
             require(name in CACHE_DTYPES, "cache_dtypes", name, f"must be of {', '.join(CACHE_DTYPES)}")
-        known = tuple(sides(self.torch))
+        known = [name for name, side in sides(self.torch).items() if not side.ours]
         for name in self.leave_out:
             require(name in known, "leave_out", name, f"must be of {', '.join(known)}")
         require(self.rounds >= 1, "rounds", self.rounds, "must be at least 1")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, get_args
 
@@ -103,16 +102,16 @@ class BenchMfuConfig:
 
 
 class _Side:
-    """One model and its step: compiled when made, in memory from `create` on."""
+    """One model and its step: compiled when made, in memory from the first step on."""
 
     def __init__(self, model: ModelConfig, pair: Pair, seed: int) -> None:
         self.pair = pair
         self.config = TrainConfig(model=model, optimizer=OPTIMIZER, seed=seed,
                                   data=DataConfig(batch_size=pair.rows, sequence_length=pair.T))
         self.model, self.mesh = Transformer(model), axes.make_mesh((1,) * len(axes.MESH_AXES), jax.devices()[:1])
-        optimizer = make_optimizer(OPTIMIZER, self.config.steps, abstract_params(self.model, self.mesh))
-        self.layout = state_layout(self.config, self.model, optimizer, self.mesh)
-        step = make_train_step(self.config, self.model, optimizer, make_schedule(OPTIMIZER, self.config.steps))
+        self.optimizer = make_optimizer(OPTIMIZER, self.config.steps, abstract_params(self.model, self.mesh))
+        self.layout = state_layout(self.config, self.model, self.optimizer, self.mesh)
+        step = make_train_step(self.config, self.model, self.optimizer, make_schedule(OPTIMIZER, self.config.steps))
         tokens = random_tokens(model, pair.rows, pair.T + 1, seed)
         shape = (pair.rows, pair.T)
         self.batch = {
@@ -120,7 +119,6 @@ class _Side:
             "positions": jnp.broadcast_to(jnp.arange(pair.T, dtype=jnp.int32), shape), "segments": None,
             "mask": jnp.ones(shape),
         }
-        self.create: Callable[[], Any] = lambda: create_state(self.config, self.model, optimizer, self.layout)
         with jax.set_mesh(self.mesh):
             self.step = jit_step(step, self.layout).lower(self.layout, self.batch).compile()
         self.state: Any = None
@@ -129,7 +127,7 @@ class _Side:
         """So many steps; the loss before the last."""
         with jax.set_mesh(self.mesh):
             if self.state is None:
-                self.state = self.create()
+                self.state = create_state(self.config, self.model, self.optimizer, self.layout)
             for _ in range(steps):
                 self.state, metrics = self.step(self.state, self.batch)
             return float(metrics["loss"])
@@ -147,28 +145,35 @@ def measure(config: BenchMfuConfig) -> dict[str, Any]:
     """The record of the benchmark; it is written to `config.output` as it grows.
 
     Raises:
-      ValueError: a model's loss is not that of random tokens, or does not fall.
+      ValueError: a model's loss does not fall.
     """
     device = jax.devices()[0]
-    product = multiplier(128 if config.tiny else 8192)
+    size = 128 if config.tiny else 8192
+    product = multiplier(size)
     record: dict[str, Any] = {
         "benchmark": "mfu", "target": MFU_TARGET, "config": to_dict(config), "optimizer": to_dict(OPTIMIZER),
         "machine": {**machine(threads=0), "device": device.device_kind}, "peak_flops": peak_flops(device),
-        "matmul_flops_per_s": 2 * (128 if config.tiny else 8192) ** 3 / speed(product, 0.02, 7), "pairs": {},
+        "matmul_flops_per_s": 2 * size**3 / speed(product, 0.02, 7), "pairs": {},
     }
+    del product  # its matrices would count among the memory of the first side
     write(config.output, record)
     for name, pair in pairs(config.tiny).items():
         for implementation in config.implementations:
+            first = not record["pairs"]
             record["pairs"][f"{name}, {implementation}"] = measure_pair(pair, implementation, config,
-                                                                        record["peak_flops"])
+                                                                        record["peak_flops"], first)
             write(config.output, record)
     return record
 
 
 def measure_pair(
-    pair: Pair, implementation: Implementation, config: BenchMfuConfig, peak: float | None
+    pair: Pair, implementation: Implementation, config: BenchMfuConfig, peak: float | None, first: bool
 ) -> dict[str, Any]:
-    """Of each side its status, its figures where that is `ok`, and why where it is not."""
+    """Of each side its status, its figures where that is `ok`, and why where it is not.
+
+    Args:
+      first: whether nothing else has run on the device, whose peak of memory is then that of the first side.
+    """
     models = pair.sides(implementation)
 
     def compiled(model: ModelConfig) -> _Side | Exception:
@@ -186,11 +191,13 @@ def measure_pair(
         try:
             if isinstance(side, Exception):
                 raise side
-            alone = jax.devices()[0].memory_stats() if not sides else None
             losses = [side.run(1) for _ in range(3)]
-            after = jax.devices()[0].memory_stats() if alone is not None else None
+            after = jax.devices()[0].memory_stats() if first and not sides else None
         except Exception as error:
-            found[name] = {"status": "failed", "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+            found[name] = {"status": "failed",
+                           "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            if isinstance(side, _Side):
+                side.state = None
             continue
         require(losses[0] > losses[1] > losses[2], f"{name}: losses", losses, "must fall on the same batch")
         sides[name] = side

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench_mfu import BenchMfuConfig, measure, pairs, to_table
+from experiments.bench_mfu import BenchMfuConfig, measure, measure_pair, pairs, to_table
 from mfa_jax.capacity import model_parameters
 
 
@@ -23,9 +23,11 @@ def test_a_tiny_run_measures_both_models_and_records_what_failed(tmp_path: Path)
         flops = dense["models"][name]["flops_per_token"]
         assert side["flops_per_s"] == pytest.approx(flops * side["tokens_per_s"])
         # No peak is known of a CPU.
-        assert side["mfu"] is None
+        assert side["mfu"] is None and side["predicted_bytes"] > 0
     assert all("runs on gpu, not on cpu" in side["reason"] for side in cudnn["sides"].values())
     assert to_table(record).row_count == 4
+    again = measure_pair(pairs(tiny=True)["tiny"], "dense", config, peak=1e12, first=False)["sides"]["mfa"]
+    assert again["mfu"] == pytest.approx(again["flops_per_s"] / 1e12)
 
 
 def test_both_models_of_a_pair_have_as_many_parameters() -> None:

@@ -27,7 +27,7 @@ from experiments.kernel_cases import CASES, Case
 from mfa_jax.attention import build, init_cache
 from mfa_jax.attention.cached import Serving
 from mfa_jax.config import MFAConfig, MFAKRConfig, MLAConfig, PositionConfig
-from mfa_jax.kernels import Call, Device, gpu_memory, gpu_plan, mosaic_gpu, resolve
+from mfa_jax.kernels import Call, Device, gpu_memory, gpu_merge, gpu_plan, mosaic_gpu, resolve
 
 BACKEND = "mosaic_gpu_interpret"
 BORDER_LENGTHS = (0, 1, 63, 64, 65, 200)
@@ -86,6 +86,36 @@ def test_shares_of_a_row_are_merged(lengths: tuple[int, ...], cores: int) -> Non
     """Up to one block a share, and more shares than there are blocks."""
     call = call_of("mfa_kr", "rope", lengths=lengths)
     assert_equals_the_loop(call, run(call, cores=cores))
+
+
+@interpreted
+def test_many_tiles_of_results_are_merged_in_wide_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of columns, and a row of more parts than are read at once."""
+    monkeypatch.setattr(gpu_merge, "_FEW", 0)
+    call = call_of("mfa", "none", width=128, S=512, lengths=(512, 3))
+    assert_equals_the_loop(call, run(call, cores=12))
+
+
+@interpreted
+@pytest.mark.parametrize(("variant", "dtype"), [("mla", jnp.bfloat16), ("mfa", jnp.int8)])
+def test_blocks_of_threads_of_a_cluster_free_what_they_fetch_together(variant: str, dtype: Any) -> None:
+    """72 heads are two tiles of queries."""
+    call = call_of(variant, "none", dtype, width=128 if variant == "mla" else 64, N=72, lengths=(0, 65, 200))
+    assert_equals_the_loop(call, run(call, cores=6))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_cluster_waits_for_the_readers_of_all_its_blocks(name: str) -> None:
+    plan = plan_for(CASES[name])
+    assert plan.cluster == (2 if name.startswith("MLA") else 1)
+    shared = gpu_memory.scratch(plan)
+    fetched = {"k", "v", "scales"} & {ring.removesuffix("_free") for ring in shared}
+    kind = plgpu.ClusterBarrier if plan.cluster == 2 else plgpu.Barrier
+    assert all(isinstance(shared[f"{ring}_free"], kind) for ring in fetched) and "k" in fetched
+    for interpret in (False, True):
+        found = gpu_memory.rings(plan, shared, interpret)
+        together = {ring for ring, x in found.items() if x.together is not None}
+        assert together == (fetched if plan.cluster == 2 and not interpret else set())
 
 
 @interpreted

@@ -19,7 +19,8 @@ from mfa_jax.kernels.calls import SCALED, Call, Device, default_device
 class Backend(NamedTuple):
     """One implementation: the function, and why it can't serve a call on a device (None if it can).
 
-    The function takes the arguments of `decode_attention`, and gives averages and log-sum-exp in float32.
+    The function takes the arguments of `decode_attention`, and gives averages and log-sum-exp, in float32 unless it
+    takes another type.
     A length may lie outside 0 .. S: below 0 a row sees nothing; above S its queries stand past the last key.
     """
 
@@ -27,7 +28,7 @@ class Backend(NamedTuple):
     obstacle: Callable[[Call, Device], str | None] = lambda call, device: None
     takes_heads: bool = False
     """Whether keys may have an axis of key heads; else it is mapped over."""
-    rounds: bool = False
+    takes_dtype: bool = False
     """Whether it takes `dtype`, the type of the averages; else they are float32, and rounded in a pass of their own."""
 
 
@@ -42,9 +43,9 @@ IMPLEMENTATIONS: dict[str, Backend] = {
     "mosaic_tpu_interpret": Backend(
         functools.partial(mosaic_tpu.decode_attention, interpret=pltpu.InterpretParams()),
         functools.partial(tpu_plan.obstacle, interpret=True), takes_heads=True),
-    "mosaic_gpu": Backend(mosaic_gpu.decode_attention, mosaic_gpu.obstacle, takes_heads=True, rounds=True),
+    "mosaic_gpu": Backend(mosaic_gpu.decode_attention, mosaic_gpu.obstacle, takes_heads=True, takes_dtype=True),
     "mosaic_gpu_interpret": Backend(
-        _gpu_interpreted, functools.partial(mosaic_gpu.obstacle, interpret=True), takes_heads=True, rounds=True),
+        _gpu_interpreted, functools.partial(mosaic_gpu.obstacle, interpret=True), takes_heads=True, takes_dtype=True),
 }
 _KERNELS = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}
 """What `auto` takes on a platform, where it can serve; `xla` otherwise."""
@@ -109,7 +110,7 @@ def averages(
     backend = IMPLEMENTATIONS[resolve(implementation, call, default_device())]
     run = backend.run
     options = {"scale": scale, "inv_freq": rope, "value_width": value_width}
-    if backend.rounds:
+    if backend.takes_dtype:
         options["dtype"] = dtype
     if k.ndim == 3 or backend.takes_heads:
         return run(q, k, v, lengths, alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, **options)

@@ -18,7 +18,7 @@ _ALIGNMENT, _BARRIERS = 1024, 512
 MAX_STAGES = 6
 """Blocks on their way, at most."""
 COLUMNS = 64
-"""Of a tile that are turned, widened or cleared at once, in registers."""
+"""Of a tile that are cleared at once, in registers; what is widened at once is a multiple of it."""
 
 PAIR = "pair"
 """Axis of the blocks of threads of a cluster."""

@@ -71,7 +71,7 @@ class Plan(NamedTuple):
 
     @property
     def cluster(self) -> int:
-        """Blocks of threads, each with a tile of the same queries' heads, that fetch keys and values together."""
+        """Blocks of threads, each with a tile of the queries of a key head, that fetch keys and values together."""
         return 1 if self.M // TILE % 2 else 2
 
     @property

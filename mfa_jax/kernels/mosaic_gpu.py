@@ -7,9 +7,12 @@ the softmax, one or two hold the sums of 256 value columns each, so that the sof
 the one before; one more turns keys that are stored before rope, and widens what is stored in 8 bits (beside two that
 average there are no registers for it, and the one that scores widens).
 
-Keys before rope are turned by `R(start) R(offset)`: angles of a block's start, a row of a table that is fetched with
-the block, and those of the offsets, a table in shared memory, combine by the angle sum formulas. The same tile, as it
-was stored, serves as values.
+Keys before rope are turned by `R(origin) R(offset)`: angles of the origins, a row for each half of a block that is
+fetched with it, and those of the offsets, a table in shared memory, combine by the angle sum formulas. The same tile,
+as it was stored, serves as values.
+
+Where the queries of a key head are an even number of tiles (MLA, drafted tokens), two SMs with a tile each form a
+cluster: each fetches half of a block into the memory of both, and a place is free when both have read it.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from mfa_jax.kernels.rows import from_rows, to_rows
 
 _INTERPRETED_CORES = 4
 _INTERPRETER_THREADS = 8
-"""The interpreter runs each warpgroup in a thread of XLA's pool and hangs where there are too few."""
+"""The interpreter runs each warpgroup of a cluster in a thread of XLA's pool and hangs where there are too few."""
 _HOPPER = 9.0
 """Compute capability whose matrix instructions the kernel uses; Blackwell does not have them."""
 _LAUNCHED = {3: 168, 4: 128}
@@ -46,7 +49,8 @@ _REGISTERS = {
     "two parts": {"fetch": 40, "score": 136, "average": 168},
 }
 """Registers a thread of each role, by what is done to keys, or that there are two parts of value columns. Found by
-compiling for sm_90a with the ptxas of CUDA 13: what a role needs without spills, and 512 in all at most."""
+compiling for sm_90a with the ptxas of CUDA 13: what a role needs without spills, and in all at most what they were
+launched with: a warpgroup that asks for more waits for ever."""
 
 
 def registers_of(plan: Plan) -> dict[str, int]:
