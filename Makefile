@@ -63,7 +63,7 @@ $(VENV)/.base: $(VENV)/.python $(INPUTS)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.python $(INPUTS)
-	$(PIP_INSTALL) -e ".[test,notebooks]"
+	$(PIP_INSTALL) -e ".[test,notebooks,evaluate]"
 	@touch $@ $(VENV)/.base
 
 # The compiler for TPUs, out of the way of programs that would look for a TPU if it were installed.

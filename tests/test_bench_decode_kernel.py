@@ -115,12 +115,13 @@ def test_what_matters_most_comes_first() -> None:
 
 def test_a_scale_of_its_own_and_queries_of_the_type_of_a_float32_cache(tmp_path: Path) -> None:
     config = BenchDecodeKernelConfig(output=str(tmp_path / "record.json"), cases=("paper-7b-mfa",), layer=False,
-                                     cache_dtypes=("float32", "int8"), torch=False, tiny=True)
+                                     cache_dtypes=("float32", "int8"), torch=False, leave_out=("jax.nn xla",), tiny=True)
     scale = dataclasses.replace(config.scale, batches=(1,), lengths=(32,))
     assert [point.case.dtype for point in points(config, scale)] == ["float32", "bfloat16"]
     record = bench_decode_kernel.measure(config, scale)
     assert [p["name"] for p in record["points"]] == ["paper-7b-mfa float32 1 x 32", "paper-7b-mfa int8 1 x 32"]
     assert record["points"][0]["sides"]["xla"]["error"] < 1e-5
+    assert all("jax.nn cudnn" in p["sides"] and "jax.nn xla" not in p["sides"] for p in record["points"])
 
 
 def test_targets_are_ratios_of_what_was_measured() -> None:
@@ -179,7 +180,10 @@ def test_a_spent_budget_skips_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("fields", "message"), [
     ({"cases": ("MFA 1x1",)}, "cases='MFA 1x1': must be of MFA 64x256, "),
     ({"cache_dtypes": ("int4",)}, "cache_dtypes='int4'"), ({"rounds": 0}, "rounds=0"),
-    ({"budget_seconds": 0.0}, "budget_seconds=0.0")])
+    ({"budget_seconds": 0.0}, "budget_seconds=0.0"),
+    # What `auto` takes can't be left out, nor what is not there.
+    ({"leave_out": ("xla",)}, "leave_out='xla': must be of jax.nn xla, "),
+    ({"torch": False, "leave_out": ("torch flex",)}, "leave_out='torch flex'")])
 def test_bad_input_is_named(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BenchDecodeKernelConfig(output="x", **fields)
