@@ -115,7 +115,8 @@ def test_what_matters_most_comes_first() -> None:
 
 def test_a_scale_of_its_own_and_queries_of_the_type_of_a_float32_cache(tmp_path: Path) -> None:
     config = BenchDecodeKernelConfig(output=str(tmp_path / "record.json"), cases=("paper-7b-mfa",), layer=False,
-                                     cache_dtypes=("float32", "int8"), torch=False, leave_out=("jax.nn xla",), tiny=True)
+                                     cache_dtypes=("float32", "int8"), torch=False, tiny=True,
+                                     leave_out=("jax.nn xla",))
     scale = dataclasses.replace(config.scale, batches=(1,), lengths=(32,))
     assert [point.case.dtype for point in points(config, scale)] == ["float32", "bfloat16"]
     record = bench_decode_kernel.measure(config, scale)

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -231,6 +232,15 @@ def test_plans_fit_an_sm(name: str, stages: int, key_slots: int, shares: int, ro
     wanted = sum(registers.values()) + (len(plan.parts) - 1) * registers["average"]
     assert wanted <= plan.roles * mosaic_gpu._LAUNCHED[plan.roles] <= 65536 // 128
     assert len(registers) + len(plan.parts) - 1 == plan.roles
+
+
+def test_the_table_that_is_kept_is_of_these_plans() -> None:
+    """`experiments.aot_gpu --output experiments/results/kernels` writes it anew."""
+    path = Path(aot_gpu.__file__).parent / "results/kernels/gpu.json"
+    for line in json.loads(path.read_text())["lines"]:
+        plan = aot_gpu.plan_of(aot_gpu.EVERY[line["case"]])
+        kept = tuple(line[name] for name in ("stages", "roles", "shares", "shared_bytes"))
+        assert kept == (plan.stages, plan.roles, plan.shares, gpu_memory.bytes_of(plan)), line["case"]
 
 
 def test_the_list_of_work_is_cut_into_equal_shares() -> None:

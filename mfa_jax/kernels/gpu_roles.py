@@ -267,7 +267,9 @@ def over_columns(x: Any, like: Any) -> Any:
 
 def _origins(ref: Any, like: Any) -> Any:
     """A number a column, over the rows of `like`; eight for a thread, so it can't be one access."""
-    return lax.broadcast_in_dim(load(ref, layout=_by_rows(*like.shape).reduce(0), optimized=False), like.shape, [1])
+    layout = _by_rows(*like.shape)
+    x = load(ref, layout=layout.reduce(0), optimized=False)
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, like.shape, [1]), layout)
 
 
 def _columns(ref: Any, like: Any) -> Any:
