@@ -103,12 +103,12 @@ def _reuse(folder: Path, settings: Settings) -> Prepared:
     different = [f"{name}={before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]
     require(not different, "prepared", str(folder),
             f"was prepared with {'; '.join(different)}; give another folder, or the same settings")
-    for what, before, found in (
+    for what, then, found in (
             ("source", prepared.meta.signature, signature(settings.source)),
             ("held-out source", prepared.meta.held_out_signature, _held_out_signature(settings))):
-        if before != found and None not in (before, found):
+        if then != found and None not in (then, found):
             log.warning("prepared %s: the %s was %s, is now %s; the tokens prepared then are used",
-                        folder, what, before, found)
+                        folder, what, then, found)
     return prepared
 
 

@@ -233,13 +233,14 @@ class _Loop:
         """Starts a save, once the one before is written, and says whether it did; what to do where one fails is the
         config's choice."""
         meta = {"config": to_dict(self.config), "data": self.feed.place, "metrics": self.metrics}
+        saved = False
         with self.goodput.phase("checkpoint"):
             with self._save_failures():
                 self.checkpoints.wait()
             with contextlib.nullcontext() if last else self._save_failures():
                 self.checkpoints.save(step, checkpoint_items(state), meta, metric=metric)
-                return True
-        return False
+                saved = True
+        return saved
 
     @contextlib.contextmanager
     def _save_failures(self) -> Iterator[None]:
