@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,27 +75,32 @@ def test_a_batch_with_a_part_that_nobody_recorded_is_wrong(tmp_path: Path) -> No
 
 
 def test_nothing_goes_on_after_a_wait_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsal, "PATIENCE", 1.0)
-    monkeypatch.setattr(runs, "PATIENCE", 0.1)
     sleep = "import time; time.sleep(600)"
     launch = ("import subprocess, sys, time; "
               f"child = subprocess.Popen([sys.executable, '-c', {sleep!r}], start_new_session=True); "
               "print('process 0 of 1 is pid', child.pid, flush=True); time.sleep(600)")
     for wait in (lambda job: job.wait(), lambda job: job.until(lambda: False)):
         job = rehearsal.Job([sys.executable, "-c", launch], tmp_path / "said.txt", dict(os.environ))
-        with pytest.raises(AssertionError, match="is pid"):
+        job.until(lambda job=job: job.said().endswith("\n"))
+        with monkeypatch.context() as impatient, pytest.raises(AssertionError, match="is pid"):
+            impatient.setattr(rehearsal, "PATIENCE", 0.1)
             wait(job)
-        assert job._launcher.poll() is not None and has_ended(int(job.said().split()[-1]))
+        assert job._launcher.poll() is not None
+        until_ended(int(job.said().split()[-1]))
         child = runs.Child([sys.executable, "-c", sleep], tmp_path / "errors.txt")
-        with pytest.raises(AssertionError, match="hangs|nothing happened"):
+        with monkeypatch.context() as impatient, pytest.raises(AssertionError, match="hangs|nothing happened"):
+            impatient.setattr(runs, "PATIENCE", 0.1)
             wait(child)
         assert child._process.poll() is not None
 
 
-def has_ended(pid: int) -> bool:
-    """Killed, whether or not its new parent has asked for its exit code."""
-    status = Path(f"/proc/{pid}/stat")
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX"
+def until_ended(pid: int) -> None:
+    """Gone, or a zombie that its new parent has not asked for its exit code; a kill takes a moment."""
+    deadline = time.monotonic() + 60
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+            assert time.monotonic() < deadline, f"process {pid} goes on"
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize(("kills", "terminations"), [(-1, 0), (0, -1)])
