@@ -176,6 +176,18 @@ def test_a_finished_folder_is_reused_without_reading_the_source(tmp_path, caplog
     assert contents(tmp_path / "data") == before
 
 
+def test_a_held_out_source_that_changed_is_told(tmp_path, caplog):
+    other = tmp_path / "other.txt"
+    other.write_text("four")
+    config = config_of(tmp_path, ["one"], held_out_source=str(other))
+    first = prepare(config, tmp_path / "data", BYTES)
+    other.write_text("four\0five")
+    with caplog.at_level(logging.WARNING):
+        assert prepare(config, tmp_path / "data", BYTES) == first
+    assert "the held-out source was 1 files, 4 bytes, is now 1 files, 9 bytes" in caplog.text
+    assert "the source was" not in caplog.text
+
+
 @pytest.mark.parametrize("change, message", [
     ({"held_out": 0.1}, "was prepared with held_out=0.3, now 0.1; give another folder"),
     ({"source": "stdlib", "text_field": "body"}, "source='.*corpus.txt', now 'stdlib'; text_field='text', now 'body'"),

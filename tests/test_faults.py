@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from experiments.faults import damage
+from experiments.faults import damage, rehearsal, runs
 from experiments.faults.outcome import Outcome, table
+from experiments.faults.recorded_train import RecordedBatches, wrong_batches
 from experiments.faults.runs import SmallRun, write_corpus
 from experiments.faults.single import FaultsConfig, interrupted
+from mfa_jax.config import DataConfig, TrainConfig, to_json
+from mfa_jax.data import load_tokenizer, make_loader, prepare
+from mfa_jax.train.run import CONFIG, DATA
 from tests.test_checkpoint import collect_abandoned_reads  # noqa: F401  # a fixture of every test here, too
 
 # Reads that orbax abandons beside one that fails complain when they are collected, as `tests/test_checkpoint.py` says;
@@ -48,6 +56,51 @@ def test_lost_is_what_was_told() -> None:
     outcome.add("step 5 is gone")
     assert (outcome.tried, outcome.survived, outcome.lost) == (2, 1, ["step 5 is gone"])
     assert table([outcome]).splitlines()[-1] == "| a fault | 2 | 1 | 1 | where: here |"
+
+
+def test_a_batch_with_a_part_that_nobody_recorded_is_wrong(tmp_path: Path) -> None:
+    data = DataConfig(source=str(write_corpus(tmp_path / "corpus")), sequence_length=32, batch_size=4)
+    prepared = prepare(data, tmp_path / DATA, load_tokenizer("bytes"))
+    (tmp_path / CONFIG).write_text(to_json(TrainConfig(workdir=str(tmp_path), data=data)))
+    for process, batches in ((0, 4), (1, 3)):  # as where process 1 was killed
+        labels = {"start": "first", "process": process, "part": process, "parts": 2}
+        with contextlib.closing(RecordedBatches(
+                make_loader(prepared, data, "train", process, 2), tmp_path / f"rows-{process}.jsonl", labels)) as drawn:
+            for _ in range(batches):
+                next(drawn)
+    assert wrong_batches(tmp_path, [0]) == []
+    (tmp_path / "rows-1.jsonl").unlink()
+    assert wrong_batches(tmp_path, [0]) == [
+        f"batch {number} of first: only parts [0] of 2 are recorded" for number in range(4)]
+
+
+def test_nothing_goes_on_after_a_wait_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep = "import time; time.sleep(600)"
+    launch = ("import subprocess, sys, time; "
+              f"child = subprocess.Popen([sys.executable, '-c', {sleep!r}], start_new_session=True); "
+              "print('process 0 of 1 is pid', child.pid, flush=True); time.sleep(600)")
+    for wait in (lambda job: job.wait(), lambda job: job.until(lambda: False)):
+        job = rehearsal.Job([sys.executable, "-c", launch], tmp_path / "said.txt", dict(os.environ))
+        job.until(lambda job=job: job.said().endswith("\n"))
+        with monkeypatch.context() as impatient, pytest.raises(AssertionError, match="is pid"):
+            impatient.setattr(rehearsal, "PATIENCE", 0.1)
+            wait(job)
+        assert job._launcher.poll() is not None
+        until_ended(int(job.said().split()[-1]))
+        child = runs.Child([sys.executable, "-c", sleep], tmp_path / "errors.txt")
+        with monkeypatch.context() as impatient, pytest.raises(AssertionError, match="hangs|nothing happened"):
+            impatient.setattr(runs, "PATIENCE", 0.1)
+            wait(child)
+        assert child._process.poll() is not None
+
+
+def until_ended(pid: int) -> None:
+    """Gone, or a zombie that its new parent has not asked for its exit code; a kill takes a moment."""
+    deadline = time.monotonic() + 60
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+            assert time.monotonic() < deadline, f"process {pid} goes on"
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize(("kills", "terminations"), [(-1, 0), (0, -1)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import time
 import types
 from pathlib import Path
@@ -16,12 +18,13 @@ import pytest
 from mfa_jax import axes
 from mfa_jax.config import TrainConfig
 from mfa_jax.data import Batches
-from mfa_jax.train import compiler_flags, goodput, loop, parts, run
+from mfa_jax.train import compiler_flags, goodput, loop, parts, processes, run
 from mfa_jax.train.checkpoint import Checkpoints, CheckpointWriteError
 from mfa_jax.train.compiler_flags import Flag, compiler_options
-from mfa_jax.train.compiling import DeviceMemoryError, DoesNotFitError, Memory, explaining_memory
+from mfa_jax.train.compiling import DeviceMemoryError, DoesNotFitError, Memory, compile_program, explaining_memory
 from mfa_jax.train.feed import Feed
 from mfa_jax.train.goodput import Goodput
+from mfa_jax.train.profiling import ProfileWindow
 from tests.test_train import config_for, corpus, metric_lines, saved_leaves, train_on_one  # noqa: F401  # a fixture
 
 pytestmark = pytest.mark.xdist_group("train")
@@ -128,6 +131,7 @@ def test_a_run_that_cannot_save_goes_on_if_told_to_and_says_where_its_time_went(
 
     def failing(self: Checkpoints, step: int, *rest: Any, **more: Any) -> None:
         if step in full:
+            full.remove(step)
             raise CheckpointWriteError(28, f"checkpoint of step {step} was not written: No space left", "there")
         save(self, step, *rest, **more)
 
@@ -143,8 +147,9 @@ def test_a_run_that_cannot_save_goes_on_if_told_to_and_says_where_its_time_went(
             jax.config.update(name, value)
         jax.experimental.compilation_cache.compilation_cache.reset_cache()
     issued = [number for number, event in enumerate(events) if event == "issue"]
-    assert len(issued) == 6 and all(events[number + 1] == "draw" for number in issued), \
+    assert len(issued) == 6 and all(events[number + 1] == "draw" for number in issued[:-1]), \
         "the next batch is on its way before anything waits for the step"
+    assert events.count("draw") == 6, "none past the end, which might be damaged"
     assert "step 2 was not written: No space left; the run goes on" in caplog.text
     lines = metric_lines(config.workdir)
     assert [line.get("failed_saves") for line in lines] == [None, None, 1, 1, 1, 1]
@@ -163,6 +168,26 @@ def test_a_run_that_cannot_save_goes_on_if_told_to_and_says_where_its_time_went(
         train_on_one(straight)  # what was done since is lost, so the last one has to be told
     assert run.load_trained(tmp_path / "run").step == 6
     assert saved_leaves(straight)["embed"].size
+    full[:] = [8]
+    longer = dataclasses.replace(straight, steps=12)
+    monkeypatch.setattr(processes, "stop_signals", lambda: contextlib.nullcontext(lambda step: step >= 8))
+    stopped = train_on_one(longer)
+    assert stopped.interrupted and not full and run.load_trained(tmp_path / "run").step == 8, "saved after the stop"
+    assert "failed_saves" not in stopped.metrics, "those of an earlier start"
+
+
+def test_each_of_several_processes_has_a_folder_for_its_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+    monkeypatch.setattr(jax.profiler, "start_trace", folders.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    for count in (1, 2):
+        monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+        with ProfileWindow((0, 1), tmp_path, Goodput()) as window:
+            window.at(0, ())
+    assert folders == [tmp_path, tmp_path / "process-1"]
 
 
 @pytest.mark.parametrize("window", [(-1, 2), (3, 0)])
@@ -181,6 +206,14 @@ def test_flags_are_for_several_devices_and_the_users_win(monkeypatch: pytest.Mon
     assert compiler_options("gpu", 1, {}) == compiler_options("cpu", 8, {}) == {}
     assert compiler_options("gpu", 8, {"XLA_FLAGS": "--xla_one=false --xla_else=1"}) == {"xla_two": False}
     assert compiler_options("gpu", 8, {"LIBTPU_INIT_ARGS": "--xla_two=true"}) == {"xla_one": True}
+
+
+def test_a_program_is_compiled_with_the_flags_of_its_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler_flags, "FLAGS", {"cpu": (Flag("xla_no_such", True, "", ""),)})
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    compile_program(lowered, "cpu", 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such"):
+        compile_program(lowered, "cpu", 2)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------
@@ -203,6 +236,22 @@ def test_running_out_of_memory_says_what_the_step_needs() -> None:
     with pytest.raises(DeviceMemoryError, match=r"needs 5.00 GiB .* how much it has is not known"), explaining_memory(
             TrainConfig(), jax.devices()[0], memory):
         allocate()
+
+
+def test_what_a_device_has_to_give_is_asked_of_one_of_this_process(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    """The first device of the mesh is another process's, and cannot be asked."""
+    other = mock.Mock(platform="gpu", memory_stats=mock.Mock(side_effect=jax.errors.JaxRuntimeError("not addressable")))
+    mine = mock.Mock(platform="gpu", memory_stats=lambda: {"bytes_limit": 2**31})
+    mesh = mock.Mock(devices=np.array([other, mine]), local_devices=[mine])
+    monkeypatch.setattr(axes, "make_mesh", lambda *_: mesh)
+    monkeypatch.setattr(jax, "set_mesh", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(loop, "require_divisible_batch", lambda *_: None)
+    monkeypatch.setattr(parts.Parts, "build", lambda *_: mock.Mock(memory=Memory(1, 1, 1, 1, 1, 1)))
+    monkeypatch.setattr(Checkpoints, "restore", mock.Mock(side_effect=jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")))
+    with pytest.raises(DeviceMemoryError, match=r"2.00 GiB is what it has to give"):
+        train_on_one(config_for(tmp_path / "run", corpus))
 
 
 def test_a_step_that_does_not_compile_for_its_memory_says_so() -> None:

@@ -64,14 +64,17 @@ def checkpoints(run: SmallRun, folder: Path) -> list[Outcome]:
             try:
                 with Checkpoints(hurt.checkpoints) as store:
                     found = store.restore(layout)
+                assert found is not None and found.step in wanted, f"read {found and found.step}"
             except Exception as error:  # whatever it is, it is counted and told
                 outcome.add(f"{name}: {type(error).__name__}: {error}")
                 continue
-            assert found is not None
             wrong = differences(found.items, wanted[found.step].items)
             told = found.step == newest or (bool(found.skipped.get(newest)) and not (
                 hurt.checkpoints / str(newest)).exists())
-            outcome.add(None if told and not wrong else f"{name}: step {found.step}, {found.skipped}, {wrong}")
+            if wrong or not told:
+                outcome.add(f"{name}: step {found.step}, {found.skipped}, {wrong}")
+                continue
+            outcome.add(None)
             outcome.notes["previous used" if found.step == before else "not needed"] += 1
         outcomes.append(outcome)
     return outcomes

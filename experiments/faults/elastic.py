@@ -43,7 +43,7 @@ class ElasticConfig:
 
 
 def array_at(mesh: jax.sharding.Mesh) -> jax.Array:
-    """Random bits, which do not compress, made where they belong; the same on every mesh."""
+    """Normal numbers, which hardly compress, made where they belong; the same on every mesh."""
     where = NamedSharding(mesh, PartitionSpec("x"))
     make = jax.jit(lambda: jax.random.normal(jax.random.key(0), SHAPE, jnp.float32), out_shardings=where)
     return make()

@@ -75,9 +75,16 @@ def wrong_batches(workdir: Path, resumed_at: Sequence[int]) -> list[str]:
             drawn = [line["batch"] for line in mine if line["process"] == process]
             if drawn != list(range(first, first + len(drawn))):
                 wrong.append(f"process {process} of {start} drew {drawn}, and resumed at step {first}")
-        for number in {line["batch"] for line in mine}:
+        # Of batches beyond the last one of the process that came least far, which may have been killed, parts may lack.
+        everyone = min(max(line["batch"] for line in mine if line["process"] == process)
+                       for process in {line["process"] for line in mine})
+        for number in sorted({*range(first, everyone + 1), *(line["batch"] for line in mine)}):
             parts = {line["part"]: line["rows"] for line in mine if line["batch"] == number}
-            if len(parts) == mine[0]["parts"] and sorted(sum(parts.values(), [])) != expected[number]:
+            if len(parts) < mine[0]["parts"]:
+                if number <= everyone:
+                    wrong.append(f"batch {number} of {start}: only parts {sorted(parts)} of {mine[0]['parts']} are "
+                                 f"recorded")
+            elif sorted(sum(parts.values(), [])) != expected[number]:
                 wrong.append(f"batch {number} of {start} has other rows")
             if any(line["rows"] != parts[line["part"]] for line in mine if line["batch"] == number):
                 wrong.append(f"batch {number} of {start}: processes that share a part differ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -66,7 +67,9 @@ class Job:
         """Returns as soon as the condition holds; `AssertionError` where all ends before, or nothing happens."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            assert self._launcher.poll() is None and time.monotonic() < deadline, self.said()
+            if self._launcher.poll() is not None or time.monotonic() > deadline:
+                self._kill()
+                raise AssertionError(self.said())
             time.sleep(0.02)
 
     def tell(self, process: int, number: signal.Signals) -> None:
@@ -80,8 +83,17 @@ class Job:
         try:
             return self._launcher.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            self._launcher.terminate()
+            self._kill()
             raise AssertionError(f"hangs: {self.said()}") from None
+
+    def _kill(self) -> None:
+        """Ends all of them: each process is in a session of its own, and would outlive its launcher."""
+        if self._launcher.poll() is None:
+            for found in re.finditer(r"process \d+ of \d+ is pid (\d+)", self.said()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(found[1]), signal.SIGKILL)
+            self._launcher.kill()
+            self._launcher.wait()
 
     def said(self, process: int | None = None) -> str:
         """What all, or one process, said."""

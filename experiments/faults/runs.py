@@ -105,7 +105,9 @@ class Child:
         """Returns as soon as the condition holds, or the process has ended."""
         deadline = time.monotonic() + PATIENCE
         while self._process.poll() is None and not condition():
-            assert time.monotonic() < deadline, f"nothing happened: {self.said()}"
+            if time.monotonic() > deadline:
+                self._kill()
+                raise AssertionError(f"nothing happened: {self.said()}")
             time.sleep(0.002)
 
     def stop(self, how: signal.Signals) -> tuple[int, str]:
@@ -115,7 +117,15 @@ class Child:
 
     def wait(self) -> tuple[int, str]:
         """The exit code and what the process said."""
-        return self._process.wait(PATIENCE), self.said()
+        try:
+            return self._process.wait(PATIENCE), self.said()
+        except subprocess.TimeoutExpired:
+            self._kill()
+            raise AssertionError(f"hangs: {self.said()}") from None
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
     def last_step(self) -> int:
         """The last step that it reported; 0 before the first."""

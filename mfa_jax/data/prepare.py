@@ -103,11 +103,17 @@ def _reuse(folder: Path, settings: Settings) -> Prepared:
     different = [f"{name}={before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]
     require(not different, "prepared", str(folder),
             f"was prepared with {'; '.join(different)}; give another folder, or the same settings")
-    found = signature(settings.source)
-    if found != prepared.meta.signature and found is not None:
-        log.warning("prepared %s: the source was %s, is now %s; the tokens prepared then are used",
-                    folder, prepared.meta.signature, found)
+    for what, then, found in (
+            ("source", prepared.meta.signature, signature(settings.source)),
+            ("held-out source", prepared.meta.held_out_signature, _held_out_signature(settings))):
+        if then != found and None not in (then, found):
+            log.warning("prepared %s: the %s was %s, is now %s; the tokens prepared then are used",
+                        folder, what, then, found)
     return prepared
+
+
+def _held_out_signature(settings: Settings) -> str | None:
+    return None if settings.held_out_source is None else signature(settings.held_out_source)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------
@@ -153,7 +159,7 @@ def _write(folder: Path, settings: Settings, tokenizer: Tokenizer, progress: Pro
     require(train.documents > 0, "held_out", settings.held_out,
             f"leaves no document for training (the source has {held_out.documents}); give less, or more documents")
     meta = Meta(settings, signature(settings.source), tokenizer.vocab_size, tokenizer.eos_id, dtype, held_out_by,
-                train, held_out)
+                train, held_out, _held_out_signature(settings))
     (folder / META).write_text(to_json(meta))
 
 

@@ -70,6 +70,8 @@ class Meta:
     held_out_by: HeldOutBy
     train: SplitSize
     held_out: SplitSize
+    held_out_signature: str | None = None
+    """Of the held-out source, as `signature` is of the source."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,6 +97,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
             create=not read_only, preservation_policy=_Keep(keep_last, self._metrics),
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
+        if not read_only:  # each step is then a question to all processes
+            processes.require_same(f"steps in {self.folder}", str(self.steps()))
         for step in [] if read_only else self.steps():
             with contextlib.suppress(DamagedCheckpointError):  # told by whoever reads it
                 self._note_metric(step, self._document(step)["metric"])

@@ -101,6 +101,7 @@ def explaining_memory(config: TrainConfig, device: jax.Device, memory: Memory | 
     """Turns what XLA raises within into a `DeviceMemoryError`.
 
     Args:
+      device: one of this process; what it has to give is asked of it, and others cannot be asked.
       memory: of the compiled step, which is what a plan tells; None while it is being compiled.
     """
     try:

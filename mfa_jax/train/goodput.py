@@ -11,7 +11,8 @@ Phase = Literal["setup", "compile", "restore", "data", "evaluate", "checkpoint",
 """What is no step:
 
 * `setup`: opening checkpoints and data, preparing data the first time;
-* `compile`: tracing and compiling the training step (other programs count where they are first called);
+* `compile`: the layout of the state, tracing and compiling the training step (other programs count where they are
+  first called);
 * `restore`: reading a checkpoint, or making the state at step 0;
 * `data`: waiting for a batch while the devices had nothing to do;
 * `evaluate`: held-out loss;

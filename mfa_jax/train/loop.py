@@ -81,7 +81,7 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
             processes.require_same("prepared data", to_json(prepared.meta))
         stack.enter_context(jax.set_mesh(mesh))
         parts = Parts.build(config, mesh, prepared, goodput)
-        stack.enter_context(explaining_memory(config, mesh.devices.flat[0], parts.memory))
+        stack.enter_context(explaining_memory(config, mesh.local_devices[0], parts.memory))
         with goodput.phase("restore"):
             restored = checkpoints.restore(checkpoint_items(parts.layout))
             loader = make_loader(prepared, config.data, "train", *data_shard(mesh, config.data.batch_size))
@@ -100,7 +100,8 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
             if restored is not None:
                 bar.print(f"resumed at step {start} from {checkpoints.folder}")
             loop = _Loop(config, parts, checkpoints, Feed(loader, mesh, goodput), writer, bar, goodput)
-            loop.metrics |= {} if restored is None else restored.meta["metrics"]
+            if restored is not None:  # failed saves are counted by start
+                loop.metrics |= {k: v for k, v in restored.meta["metrics"].items() if k != "failed_saves"}
             return loop.run(state, stop)
 
 
@@ -177,7 +178,8 @@ class _Loop:
             batch = self.feed.take()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, fresh = self.parts.step(state, batch)
-            self.feed.read_ahead(fresh["loss"])
+            if step + 1 < config.steps:  # a batch past the end, were it damaged, would cost the last checkpoint
+                self.feed.read_ahead(fresh["loss"])
             step, steps_timed = step + 1, steps_timed + 1
             # The flag of the step before: reading this step's would leave the device idle until the next is issued.
             self._require_finite(pending, step - 1, state)
@@ -194,8 +196,7 @@ class _Loop:
             self.metrics |= line | evaluation
             if line or evaluation:
                 self.writer.write(step, line | evaluation)
-            if save:
-                self._save(step, state, evaluation.get("eval_loss"), last=last)
+            if save and self._save(step, state, evaluation.get("eval_loss"), last=last):
                 saved = step
             began, steps_timed = time.perf_counter(), 0
         self._require_finite(pending, step, state)
@@ -228,14 +229,18 @@ class _Loop:
             self.bar.print("  ".join([f"step {step}", *(f"{name} {value:.4f}" for name, value in found.items())]))
         return found
 
-    def _save(self, step: int, state: TrainState, metric: float | None, *, last: bool) -> None:
-        """Starts a save, once the one before is written; what to do where one fails is the config's choice."""
+    def _save(self, step: int, state: TrainState, metric: float | None, *, last: bool) -> bool:
+        """Starts a save, once the one before is written, and says whether it did; what to do where one fails is the
+        config's choice."""
         meta = {"config": to_dict(self.config), "data": self.feed.place, "metrics": self.metrics}
+        saved = False
         with self.goodput.phase("checkpoint"):
             with self._save_failures():
                 self.checkpoints.wait()
             with contextlib.nullcontext() if last else self._save_failures():
                 self.checkpoints.save(step, checkpoint_items(state), meta, metric=metric)
+                saved = True
+        return saved
 
     @contextlib.contextmanager
     def _save_failures(self) -> Iterator[None]:

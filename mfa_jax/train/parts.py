@@ -36,12 +36,12 @@ class Parts:
 
     @classmethod
     def build(cls, config: TrainConfig, mesh: Mesh, prepared: Prepared, goodput: Goodput) -> Parts:
-        model = Transformer(config.model)
-        optimizer = make_optimizer(config.optimizer, config.steps, run.abstract_params(model, mesh))
-        layout = state_layout(config, model, optimizer, mesh)
-        step = make_train_step(config, model, optimizer, make_schedule(config.optimizer, config.steps))
-        device = mesh.devices.flat[0]
+        device = mesh.local_devices[0]
         with goodput.phase("compile"), explaining_memory(config, device):
+            model = Transformer(config.model)
+            optimizer = make_optimizer(config.optimizer, config.steps, run.abstract_params(model, mesh))
+            layout = state_layout(config, model, optimizer, mesh)
+            step = make_train_step(config, model, optimizer, make_schedule(config.optimizer, config.steps))
             lowered = jit_step(step, layout).lower(layout, abstract_batch(config, mesh))
             program = compile_program(lowered, device.platform, mesh.size)
         return cls(

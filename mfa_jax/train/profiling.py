@@ -14,13 +14,15 @@ from mfa_jax.train.goodput import Goodput
 class ProfileWindow:
     """Traces `steps` steps once `start` are done, into a folder; nothing without a window.
 
-    Each process writes what its own host and devices did. Steps before the window have ended when the trace begins,
-    and those in it before it ends.
+    Each process writes what its own host and devices did, of several into `process-<number>` within the folder, since
+    two of one host would write the same file. Steps before the window have ended when the trace begins, and those in
+    it before it ends.
     """
 
     def __init__(self, window: tuple[int, int] | None, folder: Path, goodput: Goodput) -> None:
         start, steps = window or (0, 0)
-        self._steps, self._folder, self._goodput = range(start, start + steps), folder, goodput
+        self._steps, self._goodput = range(start, start + steps), goodput
+        self._folder = folder / f"process-{jax.process_index()}" if jax.process_count() > 1 else folder
         self._tracing = False
 
     def at(self, step: int, state: Any) -> None:
