@@ -61,12 +61,10 @@ def prepared(train: str, folder: Path) -> Corpus:
     test = DataConfig(source=texts[VALID], held_out_source=texts[TEST])
     tokenizer = load_tokenizer(data.tokenizer)
     with lock(folder / "lock", wait=True):
-        fresh = not (folder / train).exists()
         corpus = Corpus(data, prepare(test, folder / TEST, tokenizer))
         shards = prepare(data, folder / train, tokenizer)
-        if fresh:
-            shared = len(_documents(shards, "train") & _documents(corpus.test, "held_out"))
-            require(shared == 0, "corpus", texts[TEST], f"shares {shared} books with {texts[train]}")
+        shared = len(_documents(shards, "train") & _documents(corpus.test, "held_out"))
+        require(shared == 0, "corpus", texts[TEST], f"shares {shared} books with {texts[train]}")
     return corpus
 
 
