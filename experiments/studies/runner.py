@@ -30,6 +30,7 @@ from experiments.studies import corpus, records
 from experiments.studies.measure import measure
 from experiments.studies.records import Record
 from experiments.studies.study import Run, Scale, Study, identity, results_of
+from mfa_jax.config import require
 from mfa_jax.train.loop import NonFiniteError, train
 from mfa_jax.train.run import load_trained
 
@@ -173,16 +174,14 @@ def start_workers(arguments: Sequence[str], workers: int, devices: int) -> list[
     Told to stop, it tells them, and waits until they have saved.
 
     Raises:
+      ValueError: more devices than CUDA_VISIBLE_DEVICES names.
       KeyboardInterrupt: it was told to stop.
     """
     children = []
+    environments = worker_environments(workers, devices)
     with _stop_as_interrupt():
         try:
-            for i in range(workers * devices):
-                # Without a share of its own the first process would take most of a GPU's memory.
-                environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.85 / workers:.3f}", **os.environ}
-                if devices > 1:
-                    environment["CUDA_VISIBLE_DEVICES"] = str(i % devices)
+            for environment in environments:
                 children.append(subprocess.Popen([sys.executable, "-m", "experiments.studies", *arguments],
                                                  env=environment, start_new_session=True))
             return [child.wait() for child in children]
@@ -192,6 +191,24 @@ def start_workers(arguments: Sequence[str], workers: int, devices: int) -> list[
             for child in children:
                 child.wait()
             raise
+
+
+def worker_environments(workers: int, devices: int) -> list[dict[str, str]]:
+    """The environment of each worker: its share of memory and, of several GPUs, the one that it uses.
+
+    Raises:
+      ValueError: more devices than CUDA_VISIBLE_DEVICES names.
+    """
+    # Without a share of its own the first process would take most of a GPU's memory.
+    shared = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.85 / workers:.3f}", **os.environ}
+    if devices == 1:
+        return [shared] * workers
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(i) for i in range(devices)] if visible is None else [name for name in visible.split(",") if name]
+    require(len(names) >= devices, "devices", devices, f"CUDA_VISIBLE_DEVICES={visible!r} names {len(names)}")
+    # Without a platform a worker that cannot use its GPU would train on the CPU; one that the user chose stays.
+    return [{"JAX_PLATFORMS": "cuda", **shared, "CUDA_VISIBLE_DEVICES": names[i % devices]}
+            for i in range(workers * devices)]
 
 
 @contextlib.contextmanager

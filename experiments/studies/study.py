@@ -114,7 +114,8 @@ def best(records: Iterable[Record]) -> Record:
 def identity(config: TrainConfig) -> Any:
     """A run's config without what depends on the machine or is no part of the result, as JSON; records hold it."""
     defaults = TrainConfig()
-    operation = {name: getattr(defaults, name) for name in ("workdir", "on_save_failure", "compilation_cache", "profile")}
+    operation = {name: getattr(defaults, name)
+                 for name in ("workdir", "on_save_failure", "compilation_cache", "profile")}
     places = {name: getattr(defaults.data, name) for name in ("source", "held_out_source", "prepared")}
     return to_dict(dataclasses.replace(config, **operation, data=dataclasses.replace(config.data, **places)))
 
