@@ -149,6 +149,16 @@ def test_a_record_without_a_field_that_came_later_has_its_default():
     assert results_of([strange])(run) is None
 
 
+def test_a_run_of_another_text_is_not_done():
+    run = make_run(TINY, "a", model_preset("tiny-mfa"), 1e-3, 0)
+    one, other = {"digest": "1"}, {"digest": "2"}
+    record = record_of(run, 1.0, text=one)
+    assert results_of([record], one)(run) is results_of([record])(run) is record
+    assert results_of([record], other)(run) is None
+    older = record_of(run, 1.0)  # does not say of which text it is
+    assert results_of([older], other)(run) is older
+
+
 def test_tasks_of_long_windows_ask_what_they_say(tmp_path):
     books = [np.frombuffer((f"book {i} " * 40_000).encode(), np.uint8).astype(np.uint16) for i in range(2)]
     task = tasks.needle(books, rows=4, length=200, depth=0.5, seed=1)
@@ -351,6 +361,12 @@ def test_training_and_test_text_are_apart(tmp_path, monkeypatch):
     assert found.data.source.endswith("books-train-xs.txt") and found.data.held_out_source.endswith("books-valid.txt")
     tokens = bytes(token for token in found.test.tokens("held_out").tolist() if token < 256)
     assert tokens.startswith(b"books-test 0") and b"train" not in tokens and b"valid" not in tokens
+    assert corpus.prepared("books-train-xs", tmp_path / "elsewhere").text == found.text
+    path = tmp_path / "text" / "books-valid.txt"
+    assert found.text["valid_bytes"] == len(path.read_bytes()) - 3  # the separators
+    path.write_text(path.read_text().replace("quick", "slick"))
+    changed = corpus.prepared("books-train-xs", tmp_path / "again").text
+    assert changed["valid_bytes"] == found.text["valid_bytes"] and changed["digest"] != found.text["digest"]
 
 
 @pytest.mark.parametrize(("visible", "names"), [(None, ["0", "1"] * 2), ("5,GPU-a,6", ["5", "GPU-a"] * 2)])
@@ -399,6 +415,7 @@ def test_a_study_runs_to_its_end_once_with_real_models_and_caches(tmp_path, monk
         assert 0 < record.metrics["test_bits_per_byte"] < 9 and record.curve["step"] == [1, 2, 3, 4, 5, 6]
         closed = capacity.analyse_model(run.config.model, context=1, cache_dtype="bfloat16").cache_bytes_per_token
         assert record.metrics["cache_bytes_per_token"] == closed
+        assert record.text and record.text["test_bytes"] > 0
     assert not [path for path in (tmp_path / "work" / "cache_quality" / "tiny").iterdir() if path.is_dir()]
     assert capsys.readouterr().err.splitlines()[-1].startswith("2/2 tiny mfa-kr-lr0.008-seed1: finished")
     runner.work_through(study, SHORT, folders)

@@ -49,7 +49,8 @@ def write(study: Study, folder: Path, page: Path) -> Path:
 
 
 def _section(study: Study, scale: Scale, found: Sequence[Record], folder: Path) -> str:
-    results = results_of(found)
+    # Runs of two texts are not compared: those of the latest count.
+    results = results_of(found, next((record.text for record in reversed(found) if record.text), None))
     plan = study.plan(scale, results)
     done = [record for record in map(results, plan) if record is not None]
     diverged = [record.run for record in done if record.outcome == "diverged"]

@@ -61,7 +61,7 @@ def work_through(study: Study, scale: Scale, folders: Folders) -> None:
     text = corpus.prepared(scale.train, folders.work / "text")
     failures: dict[str, jax.errors.JaxRuntimeError] = {}
     while True:
-        plan, done = _state(study, scale, folders)
+        plan, done = _state(study, scale, folders, text)
         missing = [run for run in plan if run.name not in done]
         if all(run.name in failures for run in missing):
             break
@@ -79,9 +79,9 @@ def work_through(study: Study, scale: Scale, folders: Folders) -> None:
         raise failure
 
 
-def _state(study: Study, scale: Scale, folders: Folders) -> tuple[list[Run], set[str]]:
+def _state(study: Study, scale: Scale, folders: Folders, text: corpus.Corpus) -> tuple[list[Run], set[str]]:
     found = [record for record in records.read(folders.results) if record.scale == scale.name]
-    results = results_of(found)
+    results = results_of(found, text.text)
     plan = study.plan(scale, results)
     return plan, {run.name for run in plan if results(run) is not None}
 
@@ -91,13 +91,13 @@ def _claim(study: Study, scale: Scale, folders: Folders, text: corpus.Corpus, ru
     digest = hashlib.sha256(json.dumps(identity(run.config)).encode()).hexdigest()[:8]
     folder = folders.work / study.name / scale.name / f"{run.name}-{digest}"
     with records.lock(folder.with_name(f"{folder.name}.lock"), wait=False) as ours:
-        if not ours or run.name in _state(study, scale, folders)[1]:
+        if not ours or run.name in _state(study, scale, folders, text)[1]:
             return False
         record = execute(study, scale, text, run, folder)
         records.append(folders.results, record)
         if not folders.keep:
             shutil.rmtree(folder)
-    plan, done = _state(study, scale, folders)
+    plan, done = _state(study, scale, folders, text)
     loss = record.metrics.get("test_bits_per_byte", float("nan"))
     print(f"{len(done)}/{len(plan)} {scale.name} {run.name}: {record.outcome}, {loss:.4f} bits per byte on the test "
           f"books, {record.machine['seconds']:.0f} s", file=sys.stderr, flush=True)
@@ -127,7 +127,7 @@ def execute(study: Study, scale: Scale, text: corpus.Corpus, run: Run, folder: P
         if study.measure is not None:
             metrics |= study.measure(scale, trained, text.test)
     return Record(scale.name, run.name, run.labels, identity(run.config), outcome, note, metrics, _curve(folder),
-                  _machine(time.perf_counter() - began))
+                  _machine(time.perf_counter() - began), text.text)
 
 
 def _curve(folder: Path) -> dict[str, list[Any]]:

@@ -129,13 +129,19 @@ def has_config(record: Record, config: TrainConfig) -> bool:
     return bool(identity(recorded) == identity(config))
 
 
-def results_of(records: Iterable[Record]) -> Results:
-    """Looks runs up among records: the last one of that name, if it has the run's config."""
+def results_of(records: Iterable[Record], text: dict[str, Any] | None = None) -> Results:
+    """Looks runs up among records: the last one of that name, if it has the run's config.
+
+    Args:
+      text: as `corpus` describes it; a record of another text does not count, one that does not say of which does.
+    """
     last = {record.run: record for record in records}
 
     def find(run: Run) -> Record | None:
         record = last.get(run.name)
-        return record if record is not None and has_config(record, run.config) else None
+        if record is None or (text and record.text and record.text != text):
+            return None
+        return record if has_config(record, run.config) else None
 
     return find
 
