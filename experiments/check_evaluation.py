@@ -3,7 +3,12 @@
     python -m experiments.check_evaluation --hf DIR --tasks local_hellaswag,local_bbh --local-data DIR --limit 50 \\
         --output record.json
 
-We compute in float32. Exit code 1 says that a metric differs, or a log-likelihood by more than `--tolerance`.
+We compute in float32. Exit code 1 says that the two sides disagree, by the rule of what a task asks for:
+
+* choices: a metric differs, or a log-likelihood by more than `--tolerance`,
+* whole texts: a log-likelihood differs by more than `--tolerance` for each thousand nats of it,
+* texts that are written: a metric differs.
+
 Needs the extras: pip install "mfa_jax[bench,evaluate]" accelerate.
 """
 

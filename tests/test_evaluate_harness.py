@@ -132,6 +132,8 @@ def test_by_name_from_a_run(tmp_path: Path) -> None:
         HarnessModel.create_from_arg_obj({"workdir": "x"}, {"batch_size": 4})
     with pytest.raises(ValueError, match="must hold workdir"):
         HarnessModel.create_from_arg_obj({"pretrained": "x"})
+    with pytest.raises(ValueError, match=r"model_args=\['max_len'\]: must be among workdir, step, ema, max_length"):
+        HarnessModel.create_from_arg_obj({"workdir": "x", "max_len": 64})
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -188,6 +190,7 @@ def test_prompts(files: Path) -> None:
     ("hellaswag_val.jsonl.xz", None, "holds no hellaswag_val.jsonl.xz"),
     ("hellaswag_val.jsonl.xz", '{"query": "a", "choices": []}\n', "hellaswag_val.jsonl.xz:1.*lacks gold"),
     ("hellaswag_val.jsonl.xz", '{"query": "a"', "line 1 cannot be read"),
+    ("hellaswag_val.jsonl.xz", "7\n", "hellaswag_val.jsonl.xz:1.*must be an object"),
     ("hellaswag_val.jsonl.xz", "", "has no rows"),
 ])
 def test_files_that_cannot_be_read(files: Path, name: str, content: str | None, message: str) -> None:

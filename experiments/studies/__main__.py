@@ -24,8 +24,16 @@ ACTIONS = ("run", "report")
 
 
 @dataclasses.dataclass(frozen=True)
-class StudyConfig:
-    """A study: its training runs at a scale (`run`), or tables and pictures made from its metrics (`report`)."""
+class ReportConfig:
+    """Tables and pictures of a study, of all scales that it has metrics of."""
+
+    results: str = str(HERE)
+    """Folder of the studies' folders, each with its `metrics.jsonl`, README and pictures."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig(ReportConfig):
+    """The training runs of a study at a scale."""
 
     scale: str = "tiny"
     """tiny (minutes on a CPU, no evidence), nano (1 M parameters) or small (30 M)."""
@@ -33,8 +41,6 @@ class StudyConfig:
     """Processes that share a device: several keep a GPU busy with models that are small for it."""
     devices: int = 1
     """GPUs to use, each with its own workers."""
-    results: str = str(HERE)
-    """Folder of the studies' folders, each with its `metrics.jsonl`, README and pictures."""
     workdir: str = "runs/studies"
     """Folder of prepared text and unfinished runs."""
     keep_runs: bool = False
@@ -54,11 +60,13 @@ def main() -> None:
     name, action, *flags = [*arguments, ""][:2] + arguments[2:]
     require(name in STUDIES, "study", name, f"must be one of {', '.join(STUDIES)}")
     require(action in ACTIONS, "action", action, f"must be one of {', '.join(ACTIONS)}")
-    config = cli.parse(StudyConfig, flags)
-    study, folder = STUDIES[name], Path(config.results) / name
+    study = STUDIES[name]
     if action == "report":
+        folder = Path(cli.parse(ReportConfig, flags).results) / name
         print(f"written: {report.write(study, folder, HERE / name)}")
         return
+    config = cli.parse(StudyConfig, flags)
+    folder = Path(config.results) / name
     scale = scale_named(config.scale)
     corpus.find_all(scale.train)  # here already, so that not each worker says what is missing
     if config.workers * config.devices > 1:

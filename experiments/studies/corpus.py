@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 from experiments.studies.records import lock
 from mfa_jax.config import DataConfig, require
@@ -26,6 +27,8 @@ class Corpus:
     """Source, held-out source (the validation books) and shards, for runs to take over."""
     test: Prepared
     """The test books, as the held-out split of these shards."""
+    text: dict[str, Any]
+    """Bytes of training, validation and test text, and a digest of all their tokens: the same for the same text."""
 
 
 def find(name: str) -> Path:
@@ -61,13 +64,21 @@ def prepared(train: str, folder: Path) -> Corpus:
     test = DataConfig(source=texts[VALID], held_out_source=texts[TEST])
     tokenizer = load_tokenizer(data.tokenizer)
     with lock(folder / "lock", wait=True):
-        fresh = not (folder / train).exists()
-        corpus = Corpus(data, prepare(test, folder / TEST, tokenizer))
-        shards = prepare(data, folder / train, tokenizer)
-        if fresh:
-            shared = len(_documents(shards, "train") & _documents(corpus.test, "held_out"))
-            require(shared == 0, "corpus", texts[TEST], f"shares {shared} books with {texts[train]}")
-    return corpus
+        tested, shards = prepare(test, folder / TEST, tokenizer), prepare(data, folder / train, tokenizer)
+        shared = len(_documents(shards, "train") & _documents(tested, "held_out"))
+        require(shared == 0, "corpus", texts[TEST], f"shares {shared} books with {texts[train]}")
+    return Corpus(data, tested, _description(
+        {"train": (shards, "train"), "valid": (shards, "held_out"), "test": (tested, "held_out")}))
+
+
+def _description(parts: dict[str, tuple[Prepared, Split]]) -> dict[str, Any]:
+    """Bytes of each text, and a digest of the tokens and document ends of all."""
+    digest = hashlib.blake2b(digest_size=8)
+    for shards, split in parts.values():
+        digest.update(shards.tokens(split).data)
+        digest.update(shards.offsets(split).data)
+    sizes = {f"{name}_bytes": shards.size(split).text_bytes for name, (shards, split) in parts.items()}
+    return {**sizes, "digest": digest.hexdigest()}
 
 
 def _documents(shards: Prepared, split: Split) -> set[bytes]:

@@ -36,6 +36,8 @@ class Record:
     """Metrics over the steps: `step` and, as long, loss, gradient norm and so on; None where a step has none."""
     machine: dict[str, Any]
     """`device`, `jax`, `commit`, `date`, and `seconds` of the start that finished the run."""
+    text: dict[str, Any] | None = None
+    """What text it was, as `corpus` describes it; None for records older than this field."""
 
 
 def read(folder: Path) -> list[Record]:

@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from scipy import stats
-
-matplotlib.use("Agg")
-
 from matplotlib.figure import Figure
+from scipy import stats
 
 from experiments.studies import records
 from experiments.studies.records import Record
@@ -53,7 +49,8 @@ def write(study: Study, folder: Path, page: Path) -> Path:
 
 
 def _section(study: Study, scale: Scale, found: Sequence[Record], folder: Path) -> str:
-    results = results_of(found)
+    # Runs of two texts are not compared: those of the latest count.
+    results = results_of(found, next((record.text for record in reversed(found) if record.text), None))
     plan = study.plan(scale, results)
     done = [record for record in map(results, plan) if record is not None]
     diverged = [record.run for record in done if record.outcome == "diverged"]
@@ -66,18 +63,20 @@ def _section(study: Study, scale: Scale, found: Sequence[Record], folder: Path) 
         notes.append(f"Diverged: {', '.join(diverged)}.")
     if others:
         notes.append(f"Left out: {others} runs of other settings than the study has now.")
-    body = study.section(done, folder) if done else ""
-    return "\n\n".join([f"### {scale.name}", " ".join(notes), _how(study, scale, done), body]).strip()
+    body = [_how(study, scale, done), study.section(done, folder)] if done else []
+    return "\n\n".join([f"### {scale.name}", " ".join(notes), *body]).strip()
 
 
 def _how(study: Study, scale: Scale, done: Sequence[Record]) -> str:
     def every(name: str) -> str:
         return ", ".join(sorted({str(record.machine[name]) for record in done}))
 
+    config = done[0].config
     hours = sum(record.machine["seconds"] for record in done) / 3600
     return (f"Command: `python -m experiments.studies {study.name} run --scale {scale.name}`. "
-            f"{len(done)} runs of {scale.batch_size} x {scale.sequence_length} bytes a step from {scale.train}; commit "
-            f"{every('commit')}; {every('device')}, jax {every('jax')}; {every('date')}; {hours:.2f} hours of runs, "
+            f"{len(done)} runs of {config['steps']} steps of {config['data']['batch_size']} x "
+            f"{config['data']['sequence_length']} bytes from {scale.train}; commit {every('commit')}; "
+            f"{every('device')}, jax {every('jax')}; {every('date')}; {hours:.2f} hours of the starts that finished, "
             f"summed over processes.")
 
 

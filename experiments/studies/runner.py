@@ -30,6 +30,7 @@ from experiments.studies import corpus, records
 from experiments.studies.measure import measure
 from experiments.studies.records import Record
 from experiments.studies.study import Run, Scale, Study, identity, results_of
+from mfa_jax.config import require
 from mfa_jax.train.loop import NonFiniteError, train
 from mfa_jax.train.run import load_trained
 
@@ -60,7 +61,7 @@ def work_through(study: Study, scale: Scale, folders: Folders) -> None:
     text = corpus.prepared(scale.train, folders.work / "text")
     failures: dict[str, jax.errors.JaxRuntimeError] = {}
     while True:
-        plan, done = _state(study, scale, folders)
+        plan, done = _state(study, scale, folders, text)
         missing = [run for run in plan if run.name not in done]
         if all(run.name in failures for run in missing):
             break
@@ -78,9 +79,9 @@ def work_through(study: Study, scale: Scale, folders: Folders) -> None:
         raise failure
 
 
-def _state(study: Study, scale: Scale, folders: Folders) -> tuple[list[Run], set[str]]:
+def _state(study: Study, scale: Scale, folders: Folders, text: corpus.Corpus) -> tuple[list[Run], set[str]]:
     found = [record for record in records.read(folders.results) if record.scale == scale.name]
-    results = results_of(found)
+    results = results_of(found, text.text)
     plan = study.plan(scale, results)
     return plan, {run.name for run in plan if results(run) is not None}
 
@@ -90,13 +91,13 @@ def _claim(study: Study, scale: Scale, folders: Folders, text: corpus.Corpus, ru
     digest = hashlib.sha256(json.dumps(identity(run.config)).encode()).hexdigest()[:8]
     folder = folders.work / study.name / scale.name / f"{run.name}-{digest}"
     with records.lock(folder.with_name(f"{folder.name}.lock"), wait=False) as ours:
-        if not ours or run.name in _state(study, scale, folders)[1]:
+        if not ours or run.name in _state(study, scale, folders, text)[1]:
             return False
         record = execute(study, scale, text, run, folder)
         records.append(folders.results, record)
         if not folders.keep:
             shutil.rmtree(folder)
-    plan, done = _state(study, scale, folders)
+    plan, done = _state(study, scale, folders, text)
     loss = record.metrics.get("test_bits_per_byte", float("nan"))
     print(f"{len(done)}/{len(plan)} {scale.name} {run.name}: {record.outcome}, {loss:.4f} bits per byte on the test "
           f"books, {record.machine['seconds']:.0f} s", file=sys.stderr, flush=True)
@@ -126,7 +127,7 @@ def execute(study: Study, scale: Scale, text: corpus.Corpus, run: Run, folder: P
         if study.measure is not None:
             metrics |= study.measure(scale, trained, text.test)
     return Record(scale.name, run.name, run.labels, identity(run.config), outcome, note, metrics, _curve(folder),
-                  _machine(time.perf_counter() - began))
+                  _machine(time.perf_counter() - began), text.text)
 
 
 def _curve(folder: Path) -> dict[str, list[Any]]:
@@ -173,16 +174,14 @@ def start_workers(arguments: Sequence[str], workers: int, devices: int) -> list[
     Told to stop, it tells them, and waits until they have saved.
 
     Raises:
+      ValueError: more devices than CUDA_VISIBLE_DEVICES names.
       KeyboardInterrupt: it was told to stop.
     """
     children = []
+    environments = worker_environments(workers, devices)
     with _stop_as_interrupt():
         try:
-            for i in range(workers * devices):
-                # Without a share of its own the first process would take most of a GPU's memory.
-                environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.85 / workers:.3f}", **os.environ}
-                if devices > 1:
-                    environment["CUDA_VISIBLE_DEVICES"] = str(i % devices)
+            for environment in environments:
                 children.append(subprocess.Popen([sys.executable, "-m", "experiments.studies", *arguments],
                                                  env=environment, start_new_session=True))
             return [child.wait() for child in children]
@@ -192,6 +191,24 @@ def start_workers(arguments: Sequence[str], workers: int, devices: int) -> list[
             for child in children:
                 child.wait()
             raise
+
+
+def worker_environments(workers: int, devices: int) -> list[dict[str, str]]:
+    """The environment of each worker: its share of memory and, of several GPUs, the one that it uses.
+
+    Raises:
+      ValueError: more devices than CUDA_VISIBLE_DEVICES names.
+    """
+    # Without a share of its own the first process would take most of a GPU's memory.
+    shared = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.85 / workers:.3f}", **os.environ}
+    if devices == 1:
+        return [shared] * workers
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(i) for i in range(devices)] if visible is None else [name for name in visible.split(",") if name]
+    require(len(names) >= devices, "devices", devices, f"CUDA_VISIBLE_DEVICES={visible!r} names {len(names)}")
+    # Without a platform a worker that cannot use its GPU would train on the CPU; one that the user chose stays.
+    return [{"JAX_PLATFORMS": "cuda", **shared, "CUDA_VISIBLE_DEVICES": names[i % devices]}
+            for i in range(workers * devices)]
 
 
 @contextlib.contextmanager

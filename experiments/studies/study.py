@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.studies.records import Record
-from mfa_jax.config import DataConfig, DType, ModelConfig, OptimizerConfig, TrainConfig, require, to_dict
+from mfa_jax.config import DataConfig, DType, ModelConfig, OptimizerConfig, TrainConfig, from_dict, require, to_dict
 from mfa_jax.data import Prepared
 from mfa_jax.train.run import Trained
 
@@ -112,20 +112,36 @@ def best(records: Iterable[Record]) -> Record:
 
 
 def identity(config: TrainConfig) -> Any:
-    """A run's config without what depends on the machine, as JSON: a run is done if its record has the same."""
+    """A run's config without what depends on the machine or is no part of the result, as JSON; records hold it."""
     defaults = TrainConfig()
+    operation = {name: getattr(defaults, name)
+                 for name in ("workdir", "on_save_failure", "compilation_cache", "profile")}
     places = {name: getattr(defaults.data, name) for name in ("source", "held_out_source", "prepared")}
-    return to_dict(dataclasses.replace(config, workdir=defaults.workdir,
-                                       data=dataclasses.replace(config.data, **places)))
+    return to_dict(dataclasses.replace(config, **operation, data=dataclasses.replace(config.data, **places)))
 
 
-def results_of(records: Iterable[Record]) -> Results:
-    """Looks runs up among records: the last one of that name, if it has the run's config."""
+def has_config(record: Record, config: TrainConfig) -> bool:
+    """Whether a record is of this config: fields that it was written without have their defaults."""
+    try:
+        recorded = from_dict(TrainConfig, record.config)
+    except ValueError:  # of a field that is no more, or a value that is refused now
+        return False
+    return bool(identity(recorded) == identity(config))
+
+
+def results_of(records: Iterable[Record], text: dict[str, Any] | None = None) -> Results:
+    """Looks runs up among records: the last one of that name, if it has the run's config.
+
+    Args:
+      text: as `corpus` describes it; a record of another text does not count, one that does not say of which does.
+    """
     last = {record.run: record for record in records}
 
     def find(run: Run) -> Record | None:
         record = last.get(run.name)
-        return record if record is not None and record.config == identity(run.config) else None
+        if record is None or (text and record.text and record.text != text):
+            return None
+        return record if has_config(record, run.config) else None
 
     return find
 

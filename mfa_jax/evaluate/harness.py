@@ -9,6 +9,7 @@ answered by `scoring` and `completion`; on a mesh, under `jax.set_mesh`.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Sequence
@@ -77,12 +78,20 @@ class HarnessModel(TemplateLM):
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> HarnessModel:
         """From `workdir`, optionally `step` and `ema`, and the options above; lm-eval's `device` and batch sizes do not
-        apply."""
+        apply.
+
+        Raises:
+          ValueError: no workdir, or an option that is none of these.
+        """
         options = dict(arg_dict)
+        keywords = [name for name, each in inspect.signature(cls).parameters.items() if each.kind is each.KEYWORD_ONLY]
         require("workdir" in options, "model_args", sorted(options), "must hold workdir, the folder of a run")
         for name in ("batch_size", "max_batch_size", "device"):
             require((additional_config or {}).get(name) is None, name, (additional_config or {}).get(name),
                     "does not apply: batch_tokens sizes the batches, JAX_PLATFORMS names the device")
+        accepted = ["workdir", "step", "ema", *keywords]
+        unknown = sorted(set(options) - set(accepted))
+        require(not unknown, "model_args", unknown, f"must be among {', '.join(accepted)}")
         trained = load_trained(options.pop("workdir"), step=options.pop("step", None), ema=options.pop("ema", False))
         return cls(trained.model, trained.params, trained.tokenizer, **options)
 

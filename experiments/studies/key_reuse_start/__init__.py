@@ -53,8 +53,10 @@ def models(scale: Scale) -> dict[str, ModelConfig]:
 def section(found: Sequence[Record], folder: Path) -> str:
     """Loss at each start's best rate, the largest stable rate, gradients and spikes; the grid; curves."""
     rows = []
-    default = report.values(report.at_best_rate(report.groups(found).get("zero", found)))
-    for name, runs in report.groups(found).items():
+    groups = report.groups(found)
+    zero = groups.get("zero")
+    default = report.values(report.at_best_rate(zero)) if zero else []
+    for name, runs in groups.items():
         chosen = report.at_best_rate(runs)
         watched = chosen[0] if chosen else runs[0]
         losses = report.values(chosen)

@@ -32,6 +32,8 @@ PARTS = (0.5, 0.75, 1.0)
 """Lengths of the haystack over the trained length."""
 PAIRS = (2, 4, 8, 16, 32)
 """Pairs to be recalled; those that do not fit into the trained length are left out."""
+RECALL = ("told_bits", "fresh_bits", "again_bits", "held_bits", "held_bits_per_cached_byte")
+"""Metrics of recall, a number for each of `PAIRS` that fits."""
 ROWS, SEED = 64, 7
 
 
@@ -73,17 +75,20 @@ def measure(scale: Scale, trained: Trained, test: Prepared) -> dict[str, Any]:
         "position_bits": [float(by_position[:, a:b].mean()) for a, b in zip(edges, edges[1:], strict=False)],
         "needle_bits": [[needle(round(part * length), depth) for depth in DEPTHS] for part in PARTS],
     }
-    told: list[float] = []
-    again: list[float] = []
-    for count in (count for count in PAIRS if 12 * count <= length):
-        for values, task in zip((told, again), tasks.pairs(ROWS, count, SEED), strict=True):
-            values.append(float(np.nanmean(bits(task))))
     cached = cache_bytes_per_token(trained.config.model)
-    # Two value bytes a pair; the pairs take six tokens each of the cache before they are asked for.
-    held = [2 * count * (a - b) for count, a, b in zip(PAIRS, told, again, strict=False)]
-    per_byte = [bits_held / (6 * count * cached) for count, bits_held in zip(PAIRS, held, strict=False)]
-    return {**found, "told_bits": told, "again_bits": again, "held_bits": max(held),
-            "held_bits_per_cached_byte": max(per_byte)}
+    recall: dict[str, list[float]] = {name: [] for name in RECALL}
+    for count in (count for count in PAIRS if 12 * count <= length):
+        told, fresh, again = (float(np.nanmean(bits(task))) for task in tasks.pairs(ROWS, count, SEED))
+        held = held_bits(count, fresh, again)
+        # The pairs take six tokens each of the cache before they are asked for.
+        for name, value in zip(RECALL, (told, fresh, again, held, held / (6 * count * cached)), strict=True):
+            recall[name].append(value)
+    return found | recall
+
+
+def held_bits(count: int, fresh: float, again: float) -> float:
+    """`2 count (fresh - again)`: two value bytes a pair, and what each costs less than one that was not told."""
+    return 2 * count * (fresh - again)
 
 
 def section(found: Sequence[Record], folder: Path) -> str:
@@ -98,14 +103,18 @@ def section(found: Sequence[Record], folder: Path) -> str:
         [[f"{name}, {part:g} of the length", *(f"{x:.2f}" for x in mean(runs, "needle_bits")[i])]
          for name, runs in chosen.items() for i, part in enumerate(PARTS)])
     count = len(next(iter(chosen.values()))[0].metrics["told_bits"])
+    counts = [f"{pairs} pairs" for pairs in PAIRS[:count]]
     recall = report.table(
-        ["bits a value byte, told and told again", *(f"{pairs} pairs" for pairs in PAIRS[:count]), "held, bits",
-         "held, bits per cached byte"],
-        [[name, *(f"{a:.2f}, {b:.2f}" for a, b in zip(mean(runs, "told_bits"), mean(runs, "again_bits"), strict=True)),
-          report.spread(report.values(runs, "held_bits"), 2),
-          report.spread(report.values(runs, "held_bits_per_cached_byte"), 5)] for name, runs in chosen.items()])
+        ["bits a value byte: told, others after them, told again", *counts],
+        [[name, *(", ".join(f"{x:.2f}" for x in three) for three in np.transpose([mean(runs, m) for m in RECALL[:3]]))]
+         for name, runs in chosen.items()])
+    held = report.table(
+        ["held", *counts],
+        [[f"{name}, {unit}", *(report.spread([run.metrics[metric][i] for run in runs], digits) for i in range(count))]
+         for name, runs in chosen.items()
+         for unit, metric, digits in (("bits", RECALL[3], 2), ("bits per cached byte", RECALL[4], 5))])
     picture = _picture(chosen, folder, found[0].scale)
-    return "\n\n".join([positions, needles, recall, report.rates_table(found), picture])
+    return "\n\n".join([positions, needles, recall, held, report.rates_table(found), picture])
 
 
 def mean(runs: Sequence[Record], metric: str) -> np.ndarray:
@@ -124,12 +133,12 @@ def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
         metrics = runs[0].metrics
         left.plot(metrics["position_edges"][1:], mean(runs, "position_bits"), "o-", markersize=4, label=name)
         middle.plot(DEPTHS, mean(runs, "needle_bits")[-1], "o-", markersize=4, label=name)
-        gained = mean(runs, "told_bits") - mean(runs, "again_bits")
+        gained = mean(runs, "fresh_bits") - mean(runs, "again_bits")
         right.plot(PAIRS[:len(gained)], gained, "o-", markersize=4, label=name)
     left.set(xlabel="position in the window, up to", ylabel="bits per byte", title="long books")
     middle.axhline(math.log2(10), color="grey", linestyle=":", label="chance")
     middle.set(xlabel="depth of the needle", ylabel="bits a digit", title="needle, at the trained length")
-    right.set(xscale="log", xlabel="pairs", ylabel="bits a value byte gained", title="told again")
+    right.set(xscale="log", xlabel="pairs", ylabel="bits a value byte gained", title="told again, against others")
     right.set_xticks(PAIRS, [str(count) for count in PAIRS])
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter(ticker.ScalarFormatter())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, UInt8
 
 from mfa_jax.config import require
 from mfa_jax.data import Prepared
@@ -71,24 +71,39 @@ def needle(documents: list[np.ndarray], rows: int, length: int, depth: float, se
     return Task(hay, asked)
 
 
-def pairs(rows: int, count: int, seed: int) -> tuple[Task, Task]:
-    """Multi-query associative recall: `count` pairs `key=value;`, then all of them once more in another order.
+def pairs(rows: int, count: int, seed: int) -> tuple[Task, Task, Task]:
+    """Multi-query associative recall: `count` pairs `key=value;`, then as many again; the values count.
 
-    Keys and values are two letters, keys differ within a row. The first task asks for the values when they are first
-    told, which nobody can know, the second for those told again.
+    Keys and values are two letters, keys differ within a row. The tasks are alike but for the second half and for
+    which half is asked. The first asks for the values when they are first told, which nobody can know. In the second
+    task other pairs follow, whose keys and values are made of the letters of those told: who has learned the format
+    and which letters occur does better at these, too. In the third the pairs that were told follow in another order.
+
+    Raises:
+      ValueError: more pairs than such keys are found for by trial.
     """
+    require(count <= 32, "count", count, "must be at most 32")
     r = np.random.default_rng(seed)
     letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
-    tokens = np.zeros((rows, 2 * count * 6 + 1), np.int32)
-    tokens[:, 0] = ord("\n")
+    fresh, again = np.zeros((2, rows, 2 * count * 6 + 1), np.int32)
     for row in range(rows):
-        keys = r.choice(26 * 26, count, replace=False)
-        values = r.choice(26 * 26, count)
-        for place, pair in enumerate([*range(count), *r.permutation(count)]):
-            key, value = ([letters[x // 26], letters[x % 26]] for x in (keys[pair], values[pair]))
-            tokens[row, 1 + 6 * place:7 + 6 * place] = [*key, ord("="), *value, ord(";")]
+        keys, values = r.choice(letters, (2, count, 2))
+        other_keys = r.permuted(keys.reshape(-1)).reshape(count, 2)
+        while len({bytes(key) for key in (*keys, *other_keys)}) < 2 * count:
+            keys = r.choice(letters, (count, 2))
+            other_keys = r.permuted(keys.reshape(-1)).reshape(count, 2)
+        other_values = r.permuted(values.reshape(-1)).reshape(count, 2)
+        order = r.permutation(count)
+        told = _spelled(keys, values)
+        fresh[row] = [ord("\n"), *told, *_spelled(other_keys, other_values)]
+        again[row] = [ord("\n"), *told, *_spelled(keys[order], values[order])]
     inside = np.arange(2 * count * 6)
     is_value = np.isin(inside % 6, (3, 4))
     first, second = (np.broadcast_to(is_value & half, (rows, 2 * count * 6))
                      for half in (inside < count * 6, inside >= count * 6))
-    return Task(tokens, first), Task(tokens, second)
+    return Task(again, first), Task(fresh, second), Task(again, second)
+
+
+def _spelled(keys: UInt8[np.ndarray, "n 2"], values: UInt8[np.ndarray, "n 2"]) -> list[int]:
+    """The bytes of `key=value;` of each pair."""
+    return [byte for key, value in zip(keys, values, strict=True) for byte in (*key, ord("="), *value, ord(";"))]

@@ -62,10 +62,13 @@ def section(found: Sequence[Record], folder: Path) -> str:
 
 
 def best_width(chosen: dict[str, dict[int, list[Record]]], size: int) -> str:
-    """The width of MFA with the lowest mean loss at a size."""
+    """The width of MFA with the lowest mean loss at a size, and how it compares with the paper's, 2H."""
     losses = {name: report.values(chosen.get(name, {}).get(size, [])) for name in WIDTHS}
     means = {name: float(np.mean(values)) for name, values in losses.items() if values}
-    return min(means, key=means.__getitem__, default="none")
+    winner = min(means, key=means.__getitem__, default="none")
+    if winner in ("none", "mfa"):
+        return winner
+    return f"{winner} (against 2H: {report.compared(losses[winner], losses['mfa'])[1]})"
 
 
 def family(record: Record) -> str:
@@ -79,9 +82,16 @@ def parameters(run: Record) -> int:
 
 
 def exponent(runs: Sequence[Record]) -> list[str]:
-    """Two cells: b of the power law, by least squares of the logarithms over sizes and seeds, and what it leaves."""
-    P, losses = [parameters(run) for run in runs], report.values(runs)
-    if len(set(P)) < 3:
+    """Two cells: b of the power law, by least squares of the logarithms over sizes, and what it leaves.
+
+    A size is one point, the mean over its seeds: that the law does not hold moves all seeds of a size alike, so that
+    more of them are no more evidence for it. The interval has `sizes - 2` degrees of freedom.
+    """
+    by_size: dict[int, list[float]] = {}
+    for run in runs:
+        by_size.setdefault(parameters(run), []).extend(report.values([run]))
+    P, losses = list(by_size), [float(np.mean(values)) for values in by_size.values()]
+    if len(P) < 3:
         return ["too few sizes", ""]
     fit = stats.linregress(np.log(P), np.log(losses))
     half = float(stats.t.ppf(0.975, len(P) - 2)) * fit.stderr

@@ -95,6 +95,7 @@ def _read(file: str, local_data: str | None, fields: list[str]) -> list[dict[str
         with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 row = json.loads(line)
+                require(isinstance(row, dict), "local_data", f"{path}:{number}", "must be an object with fields")
                 missing = [field for field in fields if field not in row]
                 require(not missing, "local_data", f"{path}:{number}", f"lacks {', '.join(missing)}")
                 found.append({field: row[field] for field in fields})
