@@ -46,6 +46,7 @@ _REGISTERS = {
     "as stored": {"fetch": 40, "score": 168, "average": 232},
     "turned": {"fetch": 32, "score": 128, "average": 168, "prepare": 184},
     "widened": {"fetch": 40, "score": 144, "average": 176, "prepare": 152},
+    "widened and turned": {"fetch": 24, "score": 136, "average": 168, "prepare": 184},
     "two parts": {"fetch": 40, "score": 136, "average": 168},
 }
 """Registers a thread of each role, by what is done to keys, or that there are two parts of value columns. Found by
@@ -55,8 +56,8 @@ launched with: a warpgroup that asks for more waits for ever."""
 
 def registers_of(plan: Plan) -> dict[str, int]:
     """Registers a thread of each role."""
-    prepared = "turned" if plan.rope else "widened" if plan.narrow else "as stored"
-    return _REGISTERS["two parts" if len(plan.parts) > 1 else prepared]
+    done = [how for how, due in (("widened", plan.narrow), ("turned", plan.rope)) if due]
+    return _REGISTERS["two parts" if len(plan.parts) > 1 else " and ".join(done) or "as stored"]
 
 
 def obstacle(call: Call, device: Device, interpret: bool = False) -> str | None:
