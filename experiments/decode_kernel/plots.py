@@ -83,8 +83,9 @@ def panels(record: dict[str, Any], cache_dtype: str) -> Figure:
     axes[1, 0].set_ylim(0, None)
     for axis, label in zip(axes[:, 0], ("time of a step [us]", "valid bytes read [GB/s]", "tokens/s"), strict=True):
         axis.set_ylabel(label)
-    lines = [Line2D([], [], **styles[name]) for name in names]
-    figure.legend([*lines, Line2D([], [], **copy)], [*names, "copy, read and written"],
+    drawn = [name for name in names if any("seconds" in p["sides"].get(name, {}) for p in points)]
+    lines = [Line2D([], [], **styles[name]) for name in drawn]
+    figure.legend([*lines, Line2D([], [], **copy)], [*drawn, "copy, read and written"],
                   loc="outside lower center", ncols=4)
     figure.suptitle(f"Decode attention on {record['machine']['device']}, cache of {cache_dtype}")
     return figure

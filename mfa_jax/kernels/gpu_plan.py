@@ -119,9 +119,13 @@ def divide(lengths: Int[Array, " B"], plan: Plan) -> Work:
 
 def _items(plan: Plan, total: Any, share: Any) -> tuple[Any, Any]:
     """First item of a share and the one past its last, in the list of all key heads."""
-    items = total * plan.K
-    size = (items + (plan.shares - 1)) // plan.shares
-    return share * size, jnp.minimum((share + 1) * size, items)
+    size = _size(plan, total)
+    return share * size, jnp.minimum((share + 1) * size, total * plan.K)
+
+
+def _size(plan: Plan, total: Any) -> Any:
+    """Items of a share, where the list of one key head has `total`."""
+    return (total * plan.K + (plan.shares - 1)) // plan.shares
 
 
 def segments_of(plan: Plan, work: Work, share: Any) -> tuple[Any, Any]:
@@ -166,7 +170,7 @@ def span(plan: Plan, work: Work, s: Any) -> tuple[Any, Any, Any, Any]:
 
 def continued(plan: Plan, work: Work, start: Any, stop: Any) -> tuple[Any, Any]:
     """The shares that go on with a row of such items, which another began: the first, and the one past the last."""
-    size = (work.stop[plan.B - 1] * plan.K + (plan.shares - 1)) // plan.shares
+    size = _size(plan, work.stop[plan.B - 1])
     return start // size + 1, (stop + (size - 1)) // size
 
 
