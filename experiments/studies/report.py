@@ -21,7 +21,8 @@ BEGIN, END = "<!-- results: written by `report`, not by hand -->", "<!-- end of 
 _EVIDENCE = {
     "tiny": "**No evidence of quality**: models of 0.1 M parameters after a minute of text. It shows that the study "
             "runs from end to end.",
-    "nano": "Models of 1 M parameters, trained on 13 bytes a parameter: a hint, and nothing of what large models do.",
+    "nano": "Models of 1 M parameters, trained on 2 bytes a parameter or less: a hint about the first part of training, and "
+            "nothing of what large models do.",
     "small": "Models of 30 M parameters, far from trained to the end.",
 }
 

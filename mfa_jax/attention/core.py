@@ -32,8 +32,11 @@ from mfa_jax.kernels.calls import default_device
 IMPLEMENTATIONS = ("dense", "blockwise", "splash", "cudnn", "tokamax", "context")
 DENSE_SCORES = 1024 * 1024
 """`auto` forms all scores at once up to this many (query, key) pairs."""
-DENSE_QUERIES_ON_CPU = 256
-"""On CPU only up to this many queries: above, blocks that stay in its caches are faster."""
+DENSE_QUERIES_ON_CPU = {"self": 128, "cached": 256}
+"""On CPU only up to this many queries: above, blocks that stay in its caches are faster.
+
+Sooner without an offset, as in training: its backward pass would read all scores back from memory.
+"""
 _BATCH_AXES = ("data", "fsdp", "expert")
 _HEAD_AXES = ("tensor",)
 
@@ -93,7 +96,7 @@ def resolve(
     """The implementation that serves such a call on such a platform (`cpu`, `gpu`, `tpu`).
 
     `auto` takes the platform's library kernel where it can serve (`splash`, `cudnn`), otherwise `dense` up to
-    `DENSE_SCORES` pairs of query and key (on CPU also `DENSE_QUERIES_ON_CPU` queries) and `blockwise` above. A named
+    `DENSE_SCORES` pairs of query and key (on CPU also `DENSE_QUERIES_ON_CPU`) and `blockwise` above. A named
     implementation is never replaced.
 
     Args:
@@ -111,8 +114,8 @@ def resolve(
         kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
         if kernel is not None and obstacle(kernel) is None:
             return kernel
-        few = T * S <= DENSE_SCORES and (platform != "cpu" or T <= DENSE_QUERIES_ON_CPU)
-        return "dense" if few else "blockwise"
+        few = platform != "cpu" or T <= DENSE_QUERIES_ON_CPU["cached" if offset else "self"]
+        return "dense" if few and T * S <= DENSE_SCORES else "blockwise"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: must be one of auto, {', '.join(IMPLEMENTATIONS)}")
     reason = obstacle(implementation)
