@@ -28,7 +28,7 @@ STARTS: dict[str, dict[str, float]] = {
 }
 """Settings of MFA-KR by name, what matters most first; the first is the default."""
 FIRST = ("zero", "one", "V = K", "free")
-"""These are run to their last seed before the others begin: the paper's start, and what it is meant to be better than."""
+"""These are run to their last seed before the others begin: the paper's start, and what it is to be better than."""
 FACTORS = (1, 4, 16, 64)
 """Learning rates over the lowest of the scale's grid."""
 STABLE = 1.05
@@ -64,7 +64,7 @@ def section(found: Sequence[Record], folder: Path) -> str:
         chosen = report.at_best_rate(runs)
         watched = chosen[0] if chosen else runs[0]
         losses = report.values(chosen)
-        against = ["", ""] if name == "zero" else report.compared(losses, default)
+        against = ["", ""] if name == "zero" else report.compared(losses, default, report.planned_seeds(found))
         rows.append([name, f"{watched.labels['learning_rate']:g}", report.spread(losses), *against,
                      stable_rate(runs), *watch(watched)])
     table = report.table(
