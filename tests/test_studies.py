@@ -257,6 +257,17 @@ def test_starts_are_compared_with_the_default_alone(tmp_path):
     assert re.search(r"^\| small \|[^|]*\|[^|]*\|  \| none \|", text, re.M)
 
 
+def test_a_spike_is_a_jump_above_what_was_before_it():
+    run = make_run(TINY, "zero", model_preset("tiny-mfa-kr"), 4e-3, 0)
+    noisy = [3 - i / 50 + (-1) ** i / 10 for i in range(40)]
+    for losses, spikes in ((noisy, 0), ([*noisy[:20], 3.6, 3.6, *noisy[20:]], 1),
+                           ([*noisy[:20], 3.6, *noisy[20:], 4.0], 2), ([*noisy[:20], *(5.0,) * 20], 1)):
+        steps = list(range(1, len(losses) + 1))
+        record = record_of(run, 1.0, curve={"step": [*steps, 99], "loss": [*losses, None],
+                                            "grad_norm": [*(1.0 + s for s in steps), None]})
+        assert key_reuse_start.watch(record) == ["2.00", f"{1 + len(losses):.2f}", str(spikes)]
+
+
 def test_a_power_law_is_fitted_to_one_point_a_size():
     grid = [run for run in STUDIES["scaling"].plan(TINY, lambda run: None)
             if scaling.family(record_of(run, 1.0)) == "mha" and run.labels["learning_rate"] == 8e-3]

@@ -33,8 +33,8 @@ FACTORS = (1, 4, 16, 64)
 """Learning rates over the lowest of the scale's grid."""
 STABLE = 1.05
 """A rate is stable when the final loss is at most this times that of the start's best rate."""
-SPIKE = 0.3
-"""Nats above the lowest loss so far."""
+SPIKE, BEFORE = 0.5, 9
+"""A spike is a logged loss so many nats above the median of so many before it: several times the noise of a batch."""
 
 
 def plan(scale: Scale, results: Results) -> list[Run]:
@@ -55,22 +55,27 @@ def models(scale: Scale) -> dict[str, ModelConfig]:
 
 
 def section(found: Sequence[Record], folder: Path) -> str:
-    """Loss at each start's best rate, the largest stable rate, gradients and spikes; the grid; curves."""
-    rows = []
+    """Loss at each start's best rate, the largest stable rate; gradients and spikes at each rate; the grid; curves."""
+    rows, watched = [], []
     groups = report.groups(found)
     zero = groups.get("zero")
     default = report.values(report.at_best_rate(zero)) if zero else []
+    rates = sorted({run.labels["learning_rate"] for run in found})
     for name, runs in groups.items():
         chosen = report.at_best_rate(runs)
-        watched = chosen[0] if chosen else runs[0]
         losses = report.values(chosen)
         against = ["", ""] if name == "zero" else report.compared(losses, default, report.planned_seeds(found))
-        rows.append([name, f"{watched.labels['learning_rate']:g}", report.spread(losses), *against,
-                     stable_rate(runs), *watch(watched)])
+        rows.append([name, f"{chosen[0].labels['learning_rate']:g}" if chosen else "none", report.spread(losses),
+                     *against, stable_rate(runs)])
+        grid = {run.labels["learning_rate"]: run for run in runs if run.labels["seed"] == found[0].labels["seed"]}
+        each = [watch(grid[rate]) if rate in grid else ["missing"] * 3 for rate in rates]
+        watched.append([name, *(", ".join(cells) for cells in zip(*each, strict=True))])
     table = report.table(
         ["start", "best rate", "bits per byte on books-test", "against zero, 95 % interval", "loss against zero",
-         "largest stable rate", "gradient norm, first logged", "largest after warm-up", "loss spikes"], rows)
-    return "\n\n".join([table, report.rates_table(found), _picture(found, folder)])
+         "largest stable rate"], rows)
+    watches = report.table(["at each rate, lowest first", "gradient norm, first logged", "largest after warm-up",
+                            "loss spikes"], watched)
+    return "\n\n".join([table, watches, report.rates_table(found), _picture(found, folder)])
 
 
 def stable_rate(runs: Sequence[Record]) -> str:
@@ -84,18 +89,17 @@ def stable_rate(runs: Sequence[Record]) -> str:
 
 
 def watch(run: Record) -> list[str]:
-    """Three cells: the first gradient norm logged, the largest past the warm-up, and how often the loss jumped up."""
+    """Three cells of a run: the first gradient norm logged, the largest past the warm-up, how often the loss jumped."""
     points = [(step, loss, norm) for step, loss, norm in zip(
         run.curve["step"], run.curve["loss"], run.curve["grad_norm"], strict=True) if None not in (loss, norm)]
     warm = run.config["optimizer"]["warmup_steps"]
     later = [point for point in points if point[0] > warm]
-    lowest, spikes, high = float("inf"), 0, False
-    for _, loss, _ in later:
-        lowest = min(lowest, loss)
-        spikes += not high and loss > lowest + SPIKE
-        high = loss > lowest + SPIKE
-    first = f"{points[0][2]:.2f}" if points else ""
-    return [first, f"{max(norm for _, _, norm in later):.2f}" if later else "", str(spikes)]
+    losses, spikes, high = [loss for _, loss, _ in later], 0, False
+    for i in range(BEFORE, len(losses)):
+        was, high = high, losses[i] > float(np.median(losses[i - BEFORE:i])) + SPIKE
+        spikes += high and not was
+    first = f"{points[0][2]:.2f}" if points else "none"
+    return [first, f"{max(norm for _, _, norm in later):.2f}" if later else "none", str(spikes)]
 
 
 def _picture(found: Sequence[Record], folder: Path) -> str:
