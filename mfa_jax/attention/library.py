@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -16,25 +19,51 @@ def splash_attention(
     The kernel for one key head is mapped over the key heads, so that K = 1, 1 < K < N and K = N are one path. It
     applies no scale: the queries are scaled before, in their own type. `interpret` runs it without a TPU, for tests.
     """
+    kernel = splash_kernel(np.arange(q.shape[1]), q.shape[2] // k.shape[1], interpret=interpret)
+    return run_splash(kernel, q, k, v, scale=scale, segments=None if segments is None else (segments, segments))
+
+
+def splash_kernel(order: np.ndarray, heads: int, shards: int = 1, *, interpret: bool = False) -> Any:
+    """The kernel for keys as they follow each other and queries in such an order, of which each shard has a part.
+
+    It is a tree of arrays that say which blocks a query meets; `kernel.manual_sharding_spec` says how a `shard_map`
+    splits them. `run_splash` calls it.
+
+    Args:
+      order: the token at each place of the queries; a shard's part of it is a multiple of 128.
+      heads: query heads of a key head.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    B, T, N, H = q.shape
-    K, h = k.shape[1], v.shape[-1]
-    block_q = _block(T, 512)
+    T = len(order)
+    mask = splash.CausalMask((T, T))
+    mask.q_sequence = order.astype(np.int32)
+    block_q = _block(T // shards, 512)
     block_kv, block_kv_compute = _block(T, 1024), _block(T, 512)
-    kernel = splash.make_splash_mqa_single_device(
-        splash.MultiHeadMask([splash.CausalMask((T, T))] * (N // K)),
+    return splash.make_splash_mqa(
+        splash.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(
             block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv_compute, block_q_dkv=block_q,
             block_kv_dkv=block_kv, block_kv_dkv_compute=block_kv_compute, block_q_dq=block_q, block_kv_dq=block_kv,
         ),
-        interpret=interpret,
+        head_shards=1, q_seq_shards=shards, interpret=interpret,
     )
-    ids = None if segments is None else splash.SegmentIds(q=segments, kv=segments)
+
+
+def run_splash(
+    kernel: Any, q: Float[Array, "B t N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T h"], *, scale: float,
+    segments: tuple[Int[Array, "B t"], Int[Array, "B T"]] | None,
+) -> Float[Array, "B t N h"]:
+    """The kernel for one key head, mapped over rows and key heads; segments are those of queries and of keys."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    B, t, N, H = q.shape
+    K, h = k.shape[1], v.shape[-1]
+    ids = None if segments is None else splash.SegmentIds(*segments)
     over_key_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-    grouped = (q * scale).astype(q.dtype).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    grouped = (q * scale).astype(q.dtype).reshape(B, t, K, N // K, H).transpose(0, 2, 3, 1, 4)
     out = jax.vmap(over_key_heads, in_axes=(0, 0, 0, None if ids is None else 0))(grouped, k, v, ids)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, h)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, t, N, h)
 
 
 def _block(length: int, largest: int) -> int:
