@@ -100,12 +100,11 @@ def main(config: PictureConfig) -> None:
     for row, arrays in zip(panels, ARRAYS, strict=True):
         for panel, drawn in zip(row, arrays, strict=True):
             draw(panel, mesh, drawn)
-    split = {axis: size for axis, size in SIZES.items() if size > 1}
-    where = [", ".join(f"{axis} {int(place)}" for axis, place, size in
-                       zip(axes.MESH_AXES, np.argwhere(mesh.device_ids == i)[0], mesh.devices.shape, strict=True)
-                       if size > 1) for i in (0, 1, 2, 4)]
-    figure.suptitle(f"Devices that hold each part of an MFA layer: {', '.join(f'{a}={s}' for a, s in split.items())}\n"
-                    + "; ".join(f"device {i} is at {at}" for i, at in zip((0, 1, 2, 4), where, strict=True)), fontsize=10)
+    split = [axis for axis in axes.MESH_AXES if SIZES[axis] > 1]
+    where = [f"device {i}: " + ", ".join(f"{axis} {int(place[axes.MESH_AXES.index(axis)])}" for axis in split)
+             for i in (0, 1, 2, 4) for place in np.argwhere(mesh.device_ids == i)]
+    figure.suptitle("Devices that hold each part of an MFA layer: " + ", ".join(f"{a}={SIZES[a]}" for a in split) + "\n"
+                    + "; ".join(where), fontsize=10)
     figure.savefig(Path(config.output), dpi=110)
 
 

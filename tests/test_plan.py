@@ -344,6 +344,15 @@ def test_bad_input_names_what_would_be_accepted(changed: dict[str, object], mess
     assert message in str(error.value)
 
 
+def test_a_vocabulary_that_does_not_divide_is_told_with_one_that_does() -> None:
+    """Step-3 as published, over 16 shards of heads."""
+    arguments = script.Arguments("step3", "v5p:4x4x4", batch_tokens=128, seq=8192, decode=True)
+    mesh = fake_mesh((4, 1, 1, 1, 16))
+    with pytest.raises(ValueError, match="vocab_size=128815: must be .* tensor=16; .*: --vocab-size 128816$"):
+        script.require_vocabulary(arguments, mesh)
+    script.require_vocabulary(dataclasses.replace(arguments, vocab_size=128816), mesh)
+
+
 @pytest.mark.slow
 def test_without_the_compiler_it_says_how_to_install_it() -> None:
     done = command(*REQUEST, TPU_LIBRARY_PATH="/nonexistent/libtpu.so")
