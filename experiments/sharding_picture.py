@@ -61,6 +61,7 @@ def places(mesh: Mesh, drawn: Drawn) -> dict[tuple[int, int, int, int], list[int
     """
     found: dict[tuple[int, int, int, int], list[int]] = {}
     at = NamedSharding(mesh, axes.RULES.spec(*drawn.names))
+    device: Any
     for device, index in at.devices_indices_map((8,) * len(drawn.names)).items():
         down, right = (index[axis].indices(8)[:2] for axis in (drawn.down[0], drawn.right[0]))
         found.setdefault((*down, *right), []).append(device.id)

@@ -79,6 +79,12 @@ def cudnn_attention(
     """Causal self-attention by cuDNN's fused kernel, through `jax.nn.dot_product_attention`.
 
     It wants keys and values of one width: narrower values are padded with zeros and the result is cut back.
+
+    Documents packed in a row can't be kept apart with it, so `core` refuses segments. cuDNN has a layout for them, but
+    `jax.nn.dot_product_attention` does not take their offsets (jax-ml/jax#29731, open), and the private function that
+    does reads keys of other tokens, silently, where key heads are fewer than query heads, as they are here: in JAX
+    0.10.2, mended in 0.12 (jax-ml/jax#39521). What it does take is a mask, which becomes a bias `[B, 1, T, S]` in 16
+    bits that every head reads: `2 B T S` bytes, what this kernel is there to avoid.
     """
     h = v.shape[-1]
     wide = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - h)))
