@@ -47,7 +47,7 @@ ARRAYS: Sequence[Sequence[Drawn]] = (
      Drawn("key and value made [B, T, C]", ("batch", "sequence", "latent"), (1, "T"), (2, "C")),
      Drawn("key and value gathered [B, T, C]", ("batch", None, "latent"), (1, "T"), (2, "C"))),
     (Drawn("S_q [D, Q], S_k, S_v [D, C]", ("embed", "latent"), (0, "D"), (1, "Q or C")),
-     Drawn("Q [Q, N, C]", ("query_rank", "heads", "latent"), (0, "Q"), (1, "N heads")),
+     Drawn("Q [Q, N, C]", ("inner_rank", "heads", "latent"), (0, "Q"), (1, "N heads")),
      Drawn("O [N, C, D]", ("heads", "latent", "embed"), (2, "D"), (0, "N heads")),
      Drawn("gate, up [D, F], embedding [V, D]", ("embed", "ffn"), (0, "D"), (1, "F or V"))),
 )

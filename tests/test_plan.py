@@ -270,8 +270,7 @@ def test_arguments_of_a_device_are_the_closed_forms() -> None:
     heads_and_ffn = L * (Q * N * C + N * C * D + 3 * D * F) + model.vocab_size * D
     over_fsdp = L * (D * Q + 2 * D * C)
     norms = L * (2 * D + Q) + D
-    # Q [Q, N, C] has no axis of D: only tensor splits it.
-    state = (heads_and_ffn - L * Q * N * C) // 8 + L * Q * N * C // 2 + over_fsdp // 4 + norms
+    state = heads_and_ffn // 8 + over_fsdp // 4 + norms
     found = programs.training_arguments(config, mesh)
     counters = 3 * 4  # the state's, Adam's, the schedule's
     assert found == 3 * 4 * state + 2 * 128 * 20 + counters
