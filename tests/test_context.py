@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from mfa_jax import axes, capacity
 from mfa_jax.attention.context import context_attention, local_implementation, zigzag
 from mfa_jax.attention.core import attend
+from mfa_jax.attention.library import splash_kernel
 from mfa_jax.config import DataConfig, MeshConfig, TrainConfig
 from mfa_jax.model.transformer import Transformer
 from mfa_jax.presets import model_preset
@@ -91,6 +92,20 @@ def test_the_tpu_kernel_in_the_order_of_the_shards(key_heads: int, packed: bool)
     """Splash, interpreted, two chunks of 128 tokens a device, over rows and heads too."""
     splash = partial(context_attention, rows=("data",), heads=("tensor",), local="splash", interpret=True)
     assert_equal_to_one_device(splash, (2, 1, 1, 2, 2), 512, 16, 8, key_heads, False, packed)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_the_mask_of_the_kernel_is_the_causal_one_in_that_order(shards: int) -> None:
+    """Against splash's own, which compares every position; T = 4096 so that there are blocks of every kind."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    order = zigzag(4096, shards) if shards > 1 else np.arange(4096)
+    found = splash_kernel(order, 2, shards)
+    mask = splash.CausalMask((4096, 4096))
+    mask.q_sequence = order.astype(np.int32)
+    expected = splash.make_splash_mqa(splash.MultiHeadMask([mask] * 2), block_sizes=found.kwargs["block_sizes"],
+                                      head_shards=1, q_seq_shards=shards)
+    chex.assert_trees_all_equal(jax.tree.leaves(found), jax.tree.leaves(expected))
 
 
 def test_what_each_device_attends_with() -> None:

@@ -386,6 +386,23 @@ def test_a_real_training_step_against_the_closed_forms() -> None:
 
 @pytest.mark.slow
 @needs_libtpu
+def test_a_sequence_that_the_mesh_splits_against_the_closed_forms() -> None:
+    """Two rows of 4096 tokens over four chips: splash on each, and the key and value of each layer gathered."""
+    done = command("--model", "small-mfa", "--topology", "v5e:2x2", "--mesh", "context=4,fsdp=1", "--batch-tokens",
+                   "8192", "--seq", "4096", "--remat", "none", "--json", "--no-suggest")
+    assert done.returncode == 0, done.stderr
+    plan, model = json.loads(done.stdout)["plan"], model_preset("small-mfa")
+    assert plan["fits"] and not plan["prediction"]["unknown_kernels"] and not plan["prediction"]["unknown_loops"]
+    # Splash computes the scores three times, and the rest once.
+    assert 0.9 <= plan["prediction"]["flops"] / plan["model_flops"] <= 1.5
+    gathered = sum(e["bytes_sent"] for e in plan["prediction"]["exchanges"]
+                   if e["kind"] == "all-gather" and e["axes"] == ["context"])
+    closed = capacity.sequence_exchange_bytes(model, rows=2, length=4096, shards=4, itemsize=2)
+    assert closed <= gathered <= 1.1 * closed, "positions and segments beside them"
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_tables_with_a_suggestion() -> None:
     done = command(*REQUEST)
     assert done.returncode == 0, done.stderr

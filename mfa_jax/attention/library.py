@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -35,9 +36,7 @@ def splash_kernel(order: np.ndarray, heads: int, shards: int = 1, *, interpret: 
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    T = len(order)
-    mask = splash.CausalMask((T, T))
-    mask.q_sequence = order.astype(np.int32)
+    T, mask = len(order), _ordered_causal_mask()(order)
     block_q = _block(T // shards, 512)
     block_kv, block_kv_compute = _block(T, 1024), _block(T, 512)
     return splash.make_splash_mqa(
@@ -48,6 +47,35 @@ def splash_kernel(order: np.ndarray, heads: int, shards: int = 1, *, interpret: 
         ),
         head_shards=1, q_seq_shards=shards, interpret=interpret,
     )
+
+
+@functools.cache
+def _ordered_causal_mask() -> Any:
+    """The class of splash's causal mask for queries in some order.
+
+    Splash asks for every block of the mask, four times: at T = 131072 comparing all positions takes a minute, so blocks
+    that are seen or hidden as a whole are not compared. One class for all calls, since splash remembers by equality.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    class OrderedCausalMask(splash.CausalMask):
+        def __init__(self, order: np.ndarray) -> None:
+            super().__init__((len(order), len(order)))
+            self.q_sequence = order.astype(np.int32)
+
+        def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+            queries, keys = self.q_sequence[index[0]], index[1]
+            if keys.stop <= queries.min() + 1 or keys.start > queries.max():
+                return _block_of(bool(keys.start <= queries.min()), len(queries), keys.stop - keys.start)
+            block: np.ndarray = super().__getitem__(index)
+            return block
+
+    return OrderedCausalMask
+
+
+@functools.lru_cache(maxsize=16)
+def _block_of(value: bool, *shape: int) -> np.ndarray:
+    return np.full(shape, value)
 
 
 def run_splash(
