@@ -155,9 +155,11 @@ def curve(workdir: Path, sparse: bool, **changes: object) -> TrainConfig:
 @pytest.mark.parametrize(("mesh", "sparse"), [
     (MeshConfig(data=1, context=8), False), (MeshConfig(data=2, context=4), False),
     (MeshConfig(data=1, fsdp=2, context=2, tensor=2), False), (MeshConfig(data=2, expert=2, context=2), True),
-    (MeshConfig(data=1, expert=4, context=2), True),
-], ids=["context8", "data2-context4", "fsdp2-context2-tensor2", "data2-expert2-context2", "expert4-context2"])
-def test_twenty_steps_over_the_axis_of_the_sequence(
+    (MeshConfig(data=1, expert=4, context=2), True), (MeshConfig(data=8), False), (MeshConfig(data=2, fsdp=4), False),
+    (MeshConfig(data=2, tensor=4), False), (MeshConfig(data=2, fsdp=2, tensor=2), False),
+], ids=lambda value: "-".join(f"{axis}{size}" for axis, size in dataclasses.asdict(value).items() if size > 1)
+    if isinstance(value, MeshConfig) else "")
+def test_twenty_steps_over_the_axis_of_the_sequence_and_those_of_dense_models(
     mesh: MeshConfig, sparse: bool, curves: dict[bool, list[float]], tmp_path: Path
 ) -> None:
     np.testing.assert_allclose(losses(curve(tmp_path, sparse, mesh=mesh), 8), curves[sparse], rtol=0, atol=1e-5)
