@@ -4,7 +4,11 @@ Causal attention of a late token costs more than that of an early one, so each o
 part: the sequence is cut into 2X chunks, and device r has chunks r and 2X - 1 - r (the zig-zag order of Llama 3, arXiv
 2407.21783, section 3.3.2). All devices then meet 2X + 1 pairs of chunks. What is gathered is one layer's keys and
 values of the whole sequence: for MFA, with one head of each, `2 C` a token, for MFA-KR only the key, `C`, for MLA its
-latent, `C + R`, for GQA `2 K H`; `capacity.sequence_exchange_bytes` counts it. The gradient is the same, scattered.
+latent, `C + R`, for GQA `2 K H`; `capacity.sequence_exchange_bytes` counts it. Back come the gradients of the keys and
+values that attention was given: for MFA and GQA as much as was gathered, for MFA-KR those of key and value, and for MLA
+those of all heads, since both are made of what was gathered before attention meets them.
+
+On a TPU each device attends with splash, which is given the order as data; elsewhere, and with ALiBi, in blocks.
 """
 
 from __future__ import annotations

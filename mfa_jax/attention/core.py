@@ -7,7 +7,7 @@
 | `splash` | TPU | in the kernel | self-attention, segments; T a multiple of 128 |
 | `cudnn` | NVIDIA GPU | in the kernel | self-attention in 16 bits, width at most 128 (256 from Hopper on) |
 | `tokamax` | optional package | in the kernel | self-attention |
-| `context` | a mesh that splits the sequence | one block | training: self-attention in zig-zag order, segments, ALiBi |
+| `context` | a mesh that splits the sequence | as blockwise, or splash | training: zig-zag order, segments, ALiBi |
 
 `resolve` says what `auto` chooses, and why a named one can't serve. Nothing is replaced without being asked.
 """
