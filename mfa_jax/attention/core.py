@@ -7,7 +7,7 @@
 | `splash` | TPU | in the kernel | self-attention, segments; T a multiple of 128 |
 | `cudnn` | NVIDIA GPU | in the kernel | self-attention in 16 bits, width at most 128 (256 from Hopper on) |
 | `tokamax` | optional package | in the kernel | self-attention |
-| `context` | a mesh that splits the sequence | one block | training: self-attention in zig-zag order, segments, ALiBi |
+| `context` | a mesh that splits the sequence | as blockwise, or splash | training: zig-zag order, segments, ALiBi |
 
 `resolve` says what `auto` chooses, and why a named one can't serve. Nothing is replaced without being asked.
 """
@@ -25,7 +25,7 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mfa_jax.attention.blockwise import blockwise_attention
-from mfa_jax.attention.context import context_attention, splits_sequence
+from mfa_jax.attention.context import context_attention, local_implementation, splits_sequence
 from mfa_jax.attention.library import cudnn_attention, splash_attention, tokamax_attention
 from mfa_jax.kernels.calls import default_device
 
@@ -235,7 +235,9 @@ def _split(q: Array, k: Array) -> tuple[tuple[str, ...] | None, tuple[str, ...] 
 
 def _context(q: Array, k: Array, v: Array, scale: float, offset: Any, segments: Any, slopes: Any) -> Array:
     rows, heads = _split(q, k)
-    return context_attention(q, k, v, scale=scale, segments=segments, alibi_slopes=slopes, rows=rows, heads=heads)
+    local = local_implementation(default_device().platform, q.shape[1], alibi=slopes is not None)
+    return context_attention(q, k, v, scale=scale, segments=segments, alibi_slopes=slopes, rows=rows, heads=heads,
+                             local=local)
 
 
 def _blockwise(q: Array, k: Array, v: Array, scale: float, offset: Any, segments: Any, slopes: Any) -> Array:

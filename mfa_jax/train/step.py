@@ -85,7 +85,10 @@ class BatchSums(NamedTuple):
 def batch_loss(config: TrainConfig, model: Transformer, params: Any, batch: Any) -> BatchSums:
     """Sums of the loss over the targets of a batch (`inputs`, `targets`, `positions`, `segments`, `mask`)."""
     model, batch = _split_sequence(model, batch)
-    inputs = batch["inputs"], batch["positions"], batch["segments"]
+    # A row of one document needs no segments, and kernels that know none (cuDNN) can serve it. Rows are whole: what is
+    # padding then are rows of nothing else, whose mask is zero.
+    segments = batch["segments"] if config.data.separate_documents else None
+    inputs = batch["inputs"], batch["positions"], segments
     output: Any = model.apply({"params": params}, *inputs, method="hidden_and_routing")
     hidden, _, routing = output
     table = unembedding(params, config.model)
