@@ -91,7 +91,7 @@ def feed_forward(config: ModelConfig, params: Any, x: Float[Array, "B T D"]) -> 
 
 
 def observe(
-    config: ModelConfig, layer: dict[str, Array], inv_freq: Array, stream: np.ndarray
+    config: ModelConfig, layer: dict[str, np.ndarray], inv_freq: np.ndarray, stream: np.ndarray
 ) -> tuple[Moments, np.ndarray]:
     """The moments of a layer and what its attention adds to the stream, `[B, T, D]` both ways.
 
@@ -99,15 +99,34 @@ def observe(
       layer: `W_Q`, `W_K`, `W_V`, `W_O`, with the norm's scale folded in.
     """
     D, N = stream.shape[-1], config.attention.num_heads
+    single = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in layer.items()}
     count = stream.shape[0] * stream.shape[1]
     found = Moments(np.zeros((D, D)), np.zeros(D), np.zeros((D, D)))
     outputs = np.empty_like(stream)
     for rows in batches(stream):
         x = normed(stream[rows], config.norm_eps)
-        read, outputs[rows] = _original(config, layer, inv_freq, x)
+        read, outputs[rows] = _original(config, single, jnp.asarray(inv_freq), x)
         flat = np.asarray(x).reshape(-1, D)
         found.tokens += flat.T @ flat / count
         found.mean += flat.sum(0, dtype=np.float64) / count
         averaged = np.asarray(read).reshape(-1, D)
         found.read += averaged.T @ averaged / (count * N)
     return found, outputs
+
+
+def features(config: ModelConfig, new: dict[str, np.ndarray], stream: np.ndarray) -> np.ndarray:
+    """What the heads of an MFA layer yield, `[tokens, N C]`, of a stream before its norm.
+
+    Args:
+      new: with the query projections `W`, `S_k`, `S_v`, and `inv_freq`.
+    """
+    given = [jnp.asarray(new[name], jnp.float32) for name in ("W", "S_k", "S_v", "inv_freq")]
+    found = [np.asarray(heads(config, *given, normed(stream[rows], config.norm_eps))) for rows in batches(stream)]
+    return np.concatenate(found).reshape(stream.shape[0] * stream.shape[1], -1)
+
+
+def misses(config: ModelConfig, new: dict[str, np.ndarray], stream: np.ndarray, output: np.ndarray) -> float:
+    """Mean square of what an MFA layer's output lacks to be `output`, over that of `output`."""
+    O = new["O"].reshape(-1, output.shape[-1]).astype(np.float32)
+    lacking = features(config, new, stream) @ O - output.reshape(-1, output.shape[-1])
+    return float(np.mean(np.square(lacking)) / np.mean(np.square(output)))
