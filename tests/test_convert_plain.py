@@ -16,8 +16,7 @@ import tokenizers
 
 from experiments.convert import ConvertConfig, main, pooled_heads
 from mfa_jax.config import GQAConfig, ModelConfig
-from mfa_jax.convert.activations import Moments
-from mfa_jax.convert.directions import rank_keys
+from mfa_jax.convert.directions import Moments, rank_keys
 from mfa_jax.convert.plain import key_pca, mean_pool, rank_by_variance
 from mfa_jax.data import ByteTokenizer
 from mfa_jax.model.transformer import Transformer

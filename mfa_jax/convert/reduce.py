@@ -20,6 +20,7 @@ Sources: the commuting maps are ours; TransMLA (Meng et al., arXiv 2502.07864) r
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -28,12 +29,25 @@ import numpy as np
 
 from mfa_jax.config import MFAConfig, MFAKRConfig, ModelConfig, to_dict
 from mfa_jax.convert import activations
-from mfa_jax.convert.directions import Keys, first, output_metric, rank_keys, with_reused_keys, with_values
-from mfa_jax.convert.exact import INV_FREQ, Layer, factor_queries, frequencies_of, rebuilt
+from mfa_jax.convert.directions import (
+    Keys,
+    Moments,
+    Reduced,
+    first,
+    output_metric,
+    rank_keys,
+    with_reused_keys,
+    with_values,
+)
+from mfa_jax.convert.exact import Layer, factor_queries, frequencies_of, rebuilt
+from mfa_jax.convert.fit import NormalEquations, fitted
 from mfa_jax.convert.layerwise import LayerReport, Layerwise, Streams, require_reducible
 
+_OBSERVED_ROWS = 8
 _PROBED_ROWS = 2
 _SPLITS = 8
+_MAP_RIDGE = 0.1
+_ROUNDS = 3
 
 
 def reduce_gqa(
@@ -75,14 +89,19 @@ class _Reducer:
         self.frequencies = found
 
     def __call__(self, layer: Layer, i: int, streams: Streams) -> tuple[Layer, LayerReport]:
-        original = streams["original"]
-        moments, output = activations.observe(self.config, layer, self.frequencies[i], original)
+        original, converted = streams["original"], streams["converted"]
+        moments, output = activations.observe(self.config, layer, self.frequencies[i], original, _OBSERVED_ROWS)
         pairs = rank_keys(layer, self.frequencies[i], moments, original.shape[1])
-        new = self._choose(layer, moments, pairs, original, output)
+        reduced = self._choose(layer, moments, pairs, original, output)
+        reduced = self._of_converted(reduced, original, converted)
         original += output
-        before, after = self._refit(new, streams)
-        scale = float(np.mean(np.square(output, dtype=np.float64)))
-        report = LayerReport(i, int(2 * np.count_nonzero(new[INV_FREQ])), before / scale, after / scale)
+        before = converted + activations.output_of(self.config, reduced, converted)
+        reduced = self._refit(reduced, original, converted)
+        converted += activations.output_of(self.config, reduced, converted)
+        found, after, wanted = (float(np.mean(np.square(x) / _size(original), dtype=np.float64))
+                                for x in (before - original, converted - original, output))
+        report = LayerReport(i, 2 * int(np.count_nonzero(reduced.keys.inv_freq)), found / wanted, after / wanted)
+        new = reduced.layer()
         new["S_q"], new["Q"] = factor_queries(new.pop("W"), self.attention.query_rank)
         if self.attention.kind == "mfa_kr":
             del new["S_v"]
@@ -91,8 +110,8 @@ class _Reducer:
         return new, report
 
     def _choose(
-        self, layer: Layer, moments: activations.Moments, pairs: Keys, stream: np.ndarray, output: np.ndarray
-    ) -> Layer:
+        self, layer: Layer, moments: Moments, pairs: Keys, stream: np.ndarray, output: np.ndarray
+    ) -> Reduced:
         C, metric = self.attention.latent_dim, output_metric(layer)
         if self.attention.kind == "mfa":
             return with_values(layer, first(pairs, C // 2), C, moments.read, metric)
@@ -100,20 +119,38 @@ class _Reducer:
         counts = sorted({2 * round(most * (s + 1) / _SPLITS / 2) for s in range(_SPLITS)} - {0})
         candidates = [with_reused_keys(layer, first(pairs, count // 2), C, moments.read, metric) for count in counts]
         rows = slice(0, _PROBED_ROWS)
-        errors = [activations.misses(self.config, new, stream[rows], output[rows]) for new in candidates]
+        errors = [activations.misses(activations.output_of(self.config, new, stream[rows]), output[rows])
+                  for new in candidates]
         return candidates[int(np.argmin(errors))]
 
-    def _refit(self, new: Layer, streams: Streams) -> tuple[float, float]:
-        """`O` of the ridge regression towards the one there is; moves the converted stream past attention."""
-        original, converted = streams["original"], streams["converted"]
+    def _of_converted(self, reduced: Reduced, original: np.ndarray, converted: np.ndarray) -> Reduced:
+        """The projections behind the linear map that best takes the converted model's tokens to the original's."""
         D = original.shape[-1]
-        features, O = activations.features(self.config, new, converted), new["O"].reshape(-1, D)
-        missing = (original - converted).reshape(-1, D) - features @ O.astype(np.float32)
-        gram = (features.T @ features).astype(np.float64)
-        gram += self.ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
-        step = np.linalg.solve(gram, (features.T @ missing).astype(np.float64))
-        left = missing - features @ step.astype(np.float32)
-        converted[:] = original - left.reshape(original.shape)
-        new["O"] = (O + step).reshape(new["O"].shape)
-        before, after = (float(np.mean(np.square(x, dtype=np.float64))) for x in (missing, left))
-        return before, after
+        gram, cross = np.zeros((D, D)), np.zeros((D, D))
+        for rows in activations.batches(original):
+            x, y = (np.asarray(activations.normed(stream[rows], self.config.norm_eps)).reshape(-1, D)
+                    for stream in (converted, original))
+            gram += x.T @ x
+            cross += x.T @ (y - x)
+        gram += _MAP_RIDGE * np.trace(gram) / D * np.eye(D)
+        T = np.eye(D) + np.linalg.solve(gram, cross)
+        keys = dataclasses.replace(reduced.keys, S_k=T @ reduced.keys.S_k,
+                                   W=np.einsum("de,enc->dnc", T, reduced.keys.W, optimize=True))
+        return dataclasses.replace(reduced, keys=keys, W_V=T @ reduced.W_V)
+
+    def _refit(self, reduced: Reduced, original: np.ndarray, converted: np.ndarray) -> Reduced:
+        """With `Z` and `O` fitted to what the converted stream lacks, each token in the measure of its own stream."""
+        N, _, D = reduced.O.shape
+        base = reduced.base
+        equations = NormalEquations(N, base.shape[1], D)
+        for rows in activations.batches(converted):
+            wanted = (original[rows] - converted[rows]).reshape(-1, D)
+            equations.add(activations.averages(self.config, reduced.keys, base, converted[rows]), wanted,
+                          _size(original[rows]).reshape(-1) ** -0.5)
+        Z, O = fitted(equations, reduced.Z, reduced.O, ridge=self.ridge, rounds=_ROUNDS)
+        return dataclasses.replace(reduced, Z=Z, O=O)
+
+
+def _size(stream: np.ndarray) -> np.ndarray:
+    """Mean square of each token, `[B, T, 1]`: by its root the next norm divides what a token misses."""
+    return np.mean(np.square(stream), axis=-1, keepdims=True)
