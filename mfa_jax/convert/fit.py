@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import scipy.linalg
 
 Map = Callable[[np.ndarray], np.ndarray]
-_CG_STEPS = 8
+_CG_STEPS = 6
 
 
 class NormalEquations:
-    """Sums over tokens of `p^T p` and `p^T y`.
+    """Sums over tokens of `p^T p` and `p^T y`, float32: a rounding of 1e-7 is far below any ridge.
 
     Args:
       heads: N.
@@ -25,8 +26,8 @@ class NormalEquations:
     """
 
     def __init__(self, heads: int, width: int, outputs: int) -> None:
-        self.gram = np.zeros((heads * width, heads * width))
-        self.cross = np.zeros((heads * width, outputs))
+        self.gram = np.zeros((heads * width, heads * width), np.float32)
+        self.cross = np.zeros((heads * width, outputs), np.float32)
         self.shape = (heads, width, outputs)
 
     def add(self, averages: np.ndarray, wanted: np.ndarray, weights: np.ndarray) -> None:
@@ -38,12 +39,13 @@ class NormalEquations:
     def outputs(self, E: np.ndarray, O: np.ndarray, ridge: float) -> np.ndarray:
         """`O [N, C, D]` of the ridge regression towards the one given, for what is averaged `p E`, E `[m, C]`."""
         N, m, D = self.shape
-        gram = np.einsum("namb,bd->namd", self.gram.reshape(N, m, N, m), E, optimize=True)
-        gram = np.einsum("ac,namd->ncmd", E, gram, optimize=True).reshape(O.shape[0] * O.shape[1], -1)
-        cross = np.einsum("ac,nad->ncd", E, self.cross.reshape(N, m, D), optimize=True).reshape(-1, D)
+        E = E.astype(np.float32)
+        right = (self.gram.reshape(-1, m) @ E).reshape(N, m, -1)
+        gram = np.matmul(E.T, right).reshape(O.shape[0] * O.shape[1], -1).astype(np.float64)
+        cross = np.matmul(E.T, self.cross.reshape(N, m, D)).reshape(-1, D)
         missing = cross - gram @ O.reshape(-1, D)
-        gram += ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
-        return O + np.linalg.solve(gram, missing).reshape(O.shape)
+        gram[np.diag_indices(len(gram))] += ridge * np.trace(gram) / len(gram)
+        return O + scipy.linalg.solve(gram, missing, assume_a="pos", overwrite_a=True).reshape(O.shape)
 
     def values(self, Z: np.ndarray, O: np.ndarray, ridge: float) -> np.ndarray:
         """`Z [m - r, v]` of the ridge regression towards the one given, for `O [N, r + v, D]`, r as E's identity.
@@ -53,9 +55,9 @@ class NormalEquations:
         N, m, D = self.shape
         r = O.shape[1] - Z.shape[1]
         gram, own = self.gram.reshape(N, m, N, m), O[:, r:].astype(np.float32)
-        of_keys = gram[:, r:, :, :r].reshape(N * (m - r), N * r) @ O[:, :r].reshape(N * r, D)
+        of_keys = gram[:, r:, :, :r].reshape(N * (m - r), N * r) @ O[:, :r].reshape(N * r, D).astype(np.float32)
         wanted = self.cross.reshape(N, m, D)[:, r:] - of_keys.reshape(N, m - r, D)
-        among_values = gram[:, r:, :, r:].reshape(N * (m - r), -1).astype(np.float32)
+        among_values = gram[:, r:, :, r:].reshape(N * (m - r), -1)
 
         def normal(Z: np.ndarray) -> np.ndarray:
             reach = np.matmul(Z.astype(np.float32), own).reshape(-1, D)
@@ -64,7 +66,7 @@ class NormalEquations:
         def gathered(x: np.ndarray) -> np.ndarray:
             return np.matmul(x, own.swapaxes(1, 2)).sum(0, dtype=np.float64)
 
-        left = np.einsum("nanb->ab", gram[:, r:, :, r:], optimize=True) / N
+        left = np.einsum("nanb->ab", gram[:, r:, :, r:], dtype=np.float64) / N
         right = np.matmul(own, own.swapaxes(1, 2)).sum(0, dtype=np.float64)
         scale = np.trace(left) / len(left) * np.trace(right) / len(right)
         near = [np.linalg.inv(x + 1e-2 * np.trace(x) / len(x) * np.eye(len(x))) for x in (left, right)]

@@ -47,7 +47,7 @@ _OBSERVED_ROWS = 8
 _PROBED_ROWS = 2
 _SPLITS = 8
 _MAP_RIDGE = 0.1
-_ROUNDS = 3
+_ROUNDS = 2
 
 
 def reduce_gqa(
