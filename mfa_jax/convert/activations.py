@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from mfa_jax.attention.core import attend
 from mfa_jax.attention.encoding import Encoding
 from mfa_jax.config import GQAConfig, ModelConfig
-from mfa_jax.convert.directions import Keys, Moments, Reduced
+from mfa_jax.convert.directions import Moments, Reduced
 from mfa_jax.layers import RMSNorm
 from mfa_jax.model.layers import SwiGLU
 
@@ -107,25 +107,19 @@ def observe(
     return found, outputs
 
 
-def averages(config: ModelConfig, keys: Keys, values: np.ndarray, stream: np.ndarray) -> np.ndarray:
-    """What the heads that read these keys average the values `x values`, `[D, m]`, to: `[B T, N, m]`, float32.
-
-    Args:
-      stream: `[B, T, D]`, before its norm.
-    """
-    given = [jnp.asarray(x, jnp.float32) for x in (keys.W * keys.S_k.shape[1]**0.5, keys.S_k, values, keys.inv_freq)]
+def features(config: ModelConfig, reduced: Reduced, stream: np.ndarray) -> np.ndarray:
+    """What the heads of a reduced layer yield, `[B T, N C]`, float32, of a stream before its norm."""
+    keys = reduced.keys
+    given = [jnp.asarray(x, jnp.float32) for x in (keys.W * keys.S_k.shape[1]**0.5, keys.S_k, reduced.averaged,
+                                                   keys.inv_freq)]
     found = [np.asarray(heads(config, *given, normed(stream[batch], config.norm_eps))) for batch in batches(stream)]
-    return np.concatenate(found).reshape(-1, keys.W.shape[1], values.shape[1])
+    return np.concatenate(found).reshape(stream.shape[0] * stream.shape[1], -1)
 
 
 def output_of(config: ModelConfig, reduced: Reduced, stream: np.ndarray) -> np.ndarray:
     """What the attention of a reduced layer adds to a stream, `[B, T, D]` both ways."""
     O = reduced.O.reshape(-1, stream.shape[-1]).astype(np.float32)
-    added = np.empty_like(stream)
-    for batch in batches(stream):
-        x = averages(config, reduced.keys, reduced.averaged, stream[batch])
-        added[batch] = (x.reshape(len(x), -1) @ O).reshape(added[batch].shape)
-    return added
+    return (features(config, reduced, stream) @ O).reshape(stream.shape)
 
 
 def misses(found: np.ndarray, wanted: np.ndarray) -> float:

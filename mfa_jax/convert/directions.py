@@ -115,11 +115,6 @@ class Reduced:
         return self.O.shape[1] - self.Z.shape[1]
 
     @property
-    def base(self) -> np.ndarray:
-        """`[D, r + K H]`: the keys, if they are reused, and all values: what is averaged is a linear map of it."""
-        return np.concatenate([self.keys.S_k[:, : self.reused], self.W_V], axis=1)
-
-    @property
     def averaged(self) -> np.ndarray:
         """`[D, r + v]`: the keys, if they are reused, and the other elements of the value."""
         return np.concatenate([self.keys.S_k[:, : self.reused], self.W_V @ self.Z], axis=1)
