@@ -14,7 +14,7 @@ error of the layer's output on some of the calibration text.
 
 *Refit.* Layer by layer, on the activations of the converted model, `O` is fitted by ridge regression so that the
 stream after attention is the original's. A token counts in the measure of its own stream, by which the next norm
-divides it: a few tokens have streams a hundred times as large as the others'.
+divides it: the first token of a text may have a stream a hundred times as large as the others'.
 
 Sources: the commuting maps are ours; TransMLA (Meng et al., arXiv 2502.07864) reduces with real ones.
 """
