@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import scipy.linalg
 
 from mfa_jax.config import MFAConfig, MFAKRConfig, ModelConfig, to_dict
 from mfa_jax.convert import activations
@@ -129,7 +128,7 @@ class _Reducer:
         missing = (original - converted).reshape(-1, D) - features @ reduced.O.reshape(-1, D).astype(np.float32)
         gram = (features.T @ features).astype(np.float64)
         gram[np.diag_indices(len(gram))] += self.ridge * np.trace(gram) / len(gram)
-        step = scipy.linalg.solve(gram, (features.T @ missing).astype(np.float64), assume_a="pos", overwrite_a=True)
+        step = np.linalg.solve(gram, (features.T @ missing).astype(np.float64))
         left = missing - features @ step.astype(np.float32)
         converted[:] = original - left.reshape(original.shape)
         before, after = (float(np.mean(np.square(x, dtype=np.float64))) for x in (missing, left))
