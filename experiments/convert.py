@@ -2,9 +2,12 @@
 
     python -m experiments.convert --from DIR --to mfa_kr --out runs/converted
     python -m experiments.convert --from DIR --to mfa_kr --cache-ratio 1.5 --calibration FILE --out runs/smaller
+    python -m experiments.convert --from DIR --to mfa --method key_pca --cache-ratio 1.5 --calibration FILE --out ...
+    python -m experiments.convert --from DIR --to gqa --method mean_pool --cache-ratio 2 --out runs/pooled
 
 At ratio 1 the logits are the original's. Above, keys and values are reduced by what queries and outputs make of them on
-the calibration text, and the output projections refitted (`mfa_jax.convert.reduce`). What is written is the folder of a
+the calibration text, and the output projections refitted (`mfa_jax.convert.reduce`). `--method` names that or a plain
+way of the literature to compare it with (`mfa_jax.convert.plain`). What is written is the folder of a
 run that has not been trained: `experiments.decode`, `experiments.check_parity` and `load_trained` read it. Layers that
 are done are kept beside it, in `OUT.unfinished`, so that the same command goes on after an interruption.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import resource
 import shutil
 import sys
@@ -20,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -28,8 +34,11 @@ from mfa_jax.capacity import cache_elements_per_token
 from mfa_jax.config import GQAConfig, ModelConfig, require
 from mfa_jax.convert import gqa_to_mfa, gqa_to_mfa_kr, load_pretrained, pretrained_tokenizer, save_run
 from mfa_jax.convert.files import require_free
-from mfa_jax.convert.reduce import LayerReport, reduce_gqa
+from mfa_jax.convert.layerwise import LayerReport
+from mfa_jax.convert.plain import key_pca, mean_pool
+from mfa_jax.convert.reduce import reduce_gqa
 from mfa_jax.data import Tokenizer, documents
+from mfa_jax.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +49,10 @@ class ConvertConfig:
     """A Hugging Face folder or a .gguf file."""
     out: str
     """Folder that is written; must not exist yet, or be empty."""
-    to: Literal["mfa", "mfa_kr"] = "mfa_kr"
+    to: Literal["mfa", "mfa_kr", "gqa"] = "mfa_kr"
     """The attention that it becomes."""
+    method: Literal["commuting", "key_pca", "mean_pool"] = "commuting"
+    """How the cache is made smaller; key_pca makes mfa only, mean_pool makes gqa only and needs no calibration."""
     cache_ratio: float = 1.0
     """The original's cached elements a token over the new ones; 1 is exact."""
     calibration: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -58,8 +69,13 @@ class ConvertConfig:
     """Print what happened to each layer, too."""
 
     def __post_init__(self) -> None:
+        made = {"commuting": ("mfa", "mfa_kr"), "key_pca": ("mfa",), "mean_pool": ("gqa",)}[self.method]
+        require(self.to in made, "to", self.to, f"must be {' or '.join(made)} for method={self.method!r}")
         require(self.cache_ratio >= 1, "cache_ratio", self.cache_ratio, "must be at least 1")
-        require(self.cache_ratio == 1 or bool(self.calibration), "calibration", None, "is needed above cache_ratio=1")
+        require(self.method == "commuting" or self.cache_ratio > 1, "cache_ratio", self.cache_ratio,
+                f"must be above 1 for method={self.method!r}")
+        require(self.cache_ratio == 1 or self.method == "mean_pool" or bool(self.calibration), "calibration", None,
+                "is needed above cache_ratio=1")
         require(self.rows >= 1, "rows", self.rows, "must be at least 1")
         require(self.context >= 2, "context", self.context, "must be at least 2")
         require(self.ridge >= 0, "ridge", self.ridge, "must not be negative")
@@ -76,6 +92,20 @@ def width_of(config: ModelConfig, to: str, ratio: float) -> int:
     width = 2 * int(budget / (2 if to == "mfa_kr" else 4))
     require(width >= 2, "cache_ratio", ratio, f"leaves {budget:g} elements a token, less than any {to} caches")
     return width
+
+
+def pooled_heads(config: ModelConfig, ratio: float) -> int:
+    """The number of key heads that is the original's over `ratio`.
+
+    Raises:
+      ValueError: it is no divisor of the original's.
+    """
+    assert isinstance(config.attention, GQAConfig)
+    K = config.attention.num_kv_heads
+    ratios = {K / k: k for k in range(1, K) if K % k == 0}
+    require(ratio in ratios, "cache_ratio", ratio, f"mean_pool of {K} key heads must have one of "
+            f"{', '.join(f'{r:g}' for r in sorted(ratios)) or 'none: there is one head'}")
+    return ratios[ratio]
 
 
 def calibration_rows(config: ConvertConfig, tokenizer: Tokenizer) -> np.ndarray:
@@ -105,11 +135,27 @@ def convert(config: ConvertConfig, model: ModelConfig, params: Any, tokenizer: T
     if config.cache_ratio == 1:
         exact = gqa_to_mfa if config.to == "mfa" else gqa_to_mfa_kr
         return (*exact(model, params), [])
+    if config.method == "mean_pool":
+        return (*mean_pool(model, params, num_kv_heads=pooled_heads(model, config.cache_ratio)), [])
     width = width_of(model, config.to, config.cache_ratio)
-    return reduce_gqa(model, params, calibration_rows(config, tokenizer), target=config.to, width=width,
-                      ridge=config.ridge, folder=unfinished(config.out), on_layer=lambda layer: print(
-                          f"layer {layer.layer + 1} of {model.num_layers}: misses {layer.refitted_error:.3f} of its "
-                          f"output's mean square", file=sys.stderr))
+    common: dict[str, Any] = {"width": width, "folder": unfinished(config.out), "on_layer": lambda layer: print(
+        f"layer {layer.layer + 1} of {model.num_layers}: misses {layer.refitted_error:.3f} of its output's mean square",
+        file=sys.stderr)}
+    rows = calibration_rows(config, tokenizer)
+    require_reads(model, params, rows[:1])
+    if config.method == "key_pca":
+        return key_pca(model, params, rows, **common)
+    return reduce_gqa(model, params, rows, target="mfa" if config.to == "mfa" else "mfa_kr", ridge=config.ridge,
+                      **common)
+
+
+def require_reads(model: ModelConfig, params: Any, rows: np.ndarray) -> None:
+    """Raises `ValueError` where a model predicts text no better than a guess: another tokenizer's tokens."""
+    logits = jax.jit(Transformer(model).apply)({"params": params}, rows)[0]
+    loss = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(rows)[:, 1:, None], axis=-1).mean()
+    require(bool(loss < math.log(model.vocab_size)), "tokenizer", f"{float(loss):.2f} nats a token",
+            f"is what the model makes of the calibration text, a guess among vocab_size={model.vocab_size} makes "
+            f"{math.log(model.vocab_size):.2f}: the tokenizer must be the one that the model was trained with")
 
 
 def unfinished(out: str) -> Path:

@@ -17,8 +17,8 @@ import pytest
 from experiments.convert import ConvertConfig, calibration_rows, main, width_of
 from mfa_jax.config import ModelConfig, PositionConfig
 from mfa_jax.convert import load_pretrained, pretrained_tokenizer
-from mfa_jax.convert.activations import Moments
-from mfa_jax.convert.reduce import rank_keys, reduce_gqa
+from mfa_jax.convert.directions import Moments, rank_keys
+from mfa_jax.convert.reduce import reduce_gqa
 from mfa_jax.data import ByteTokenizer
 from mfa_jax.model.transformer import Transformer
 from mfa_jax.train.run import load_trained
