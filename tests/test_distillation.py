@@ -36,7 +36,7 @@ from mfa_jax.config import (
 from mfa_jax.convert import gqa_to_mfa, gqa_to_mfa_kr, save_pretrained, save_run
 from mfa_jax.convert.reduce import reduce_gqa
 from mfa_jax.data import ByteTokenizer
-from mfa_jax.model.transformer import Transformer
+from mfa_jax.model.transformer import Transformer, unstack_layers
 from mfa_jax.plan import programs
 from mfa_jax.train import loop, run
 from mfa_jax.train.losses import Teacher, distillation_loss, stream_distance, teacher_config
@@ -76,9 +76,9 @@ def config_for(student: ModelConfig, workdir: str = "runs/x", **changes: Any) ->
     return dataclasses.replace(config, **changes)
 
 
-def sums_of(config: TrainConfig, student: Any, teacher: Converted, batch: Any = None) -> Any:
-    """Sums of a batch and their gradient."""
-    batch = synthetic_batch(config) if batch is None else batch
+def sums_of(config: TrainConfig, student: Any, teacher: Converted) -> Any:
+    """Sums of the synthetic batch and their gradient."""
+    batch = jax.tree.map(jnp.asarray, synthetic_batch(config))
     known = Transformer(teacher_config(config, teacher[0]))
 
     def loss(params: Any) -> Any:
@@ -102,8 +102,8 @@ def test_the_loss_is_what_the_config_says(original: Converted, reduced: Converte
     wanted = {"temperature": 2.0, "cross_entropy": 0.3, "hidden": 0.7}
     config = config_for(reduced[0], distillation=wanted)
     batch = synthetic_batch(config)
-    sums, _ = sums_of(config, reduced[1], original, batch)
-    inputs = batch["inputs"], batch["positions"], batch["segments"]
+    sums, _ = sums_of(config, reduced[1], original)
+    inputs = [jnp.asarray(batch[name]) for name in ("inputs", "positions", "segments")]
 
     def whole(model: Converted) -> tuple[np.ndarray, np.ndarray]:
         module, variables = Transformer(model[0], keep_streams=True), {"params": model[1]}
@@ -133,15 +133,9 @@ def test_streams_are_those_after_each_layer(original: Converted) -> None:
     normed = last / np.sqrt(np.mean(last**2, axis=-1, keepdims=True) + config.norm_eps)
     np.testing.assert_allclose(states.hidden, normed * params["final_norm"]["scale"], rtol=1e-5, atol=1e-6)
     unrolled = Transformer(config, scan_layers=False, keep_streams=True).apply(
-        {"params": heal_unstacked(params, config)}, text, method="states")
+        {"params": unstack_layers(params, config.num_layers)}, text, method="states")
     np.testing.assert_allclose(states.streams, unrolled.streams, rtol=1e-4, atol=1e-5)
     assert Transformer(config).apply({"params": params}, text, method="states").streams is None
-
-
-def heal_unstacked(params: Any, config: ModelConfig) -> Any:
-    from mfa_jax.model.transformer import unstack_layers
-
-    return unstack_layers(params, config.num_layers)
 
 
 def test_streams_of_dense_and_expert_layers() -> None:
@@ -149,7 +143,7 @@ def test_streams_of_dense_and_expert_layers() -> None:
     c = compiled(model_config("mfa", num_layers=3, moe=moe))
     states = Transformer(c.config, keep_streams=True).apply({"params": c.params}, tokens(), method="states")
     unrolled = Transformer(c.config, scan_layers=False, keep_streams=True).apply(
-        {"params": heal_unstacked(c.params, c.config)}, tokens(), method="states")
+        {"params": unstack_layers(c.params, 3)}, tokens(), method="states")
     np.testing.assert_allclose(states.streams, unrolled.streams, rtol=1e-4, atol=1e-5)
     assert states.streams.shape[0] == 3
 
@@ -264,3 +258,192 @@ def parts_of(params: Any) -> list[tuple[str, np.ndarray]]:
 def at(params: Any, part: str, like: np.ndarray) -> np.ndarray:
     found = dict(parts_of(params))[part]
     return np.asarray(found, like.dtype)
+
+
+# ---- runs ----
+
+
+@pytest.fixture(scope="module")
+def folders(original: Converted, reduced: Converted, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A corpus of ten files of Python's standard library, the teacher as a checkpoint, the student as a run."""
+    root = tmp_path_factory.mktemp("heal")
+    (root / "corpus").mkdir()
+    for path in sorted(Path(email.__file__).parent.glob("*.py"))[:10]:
+        (root / "corpus" / path.name).write_text(path.read_text())
+    save_pretrained(root / "teacher", *original, context_length=64, tokenizer=ByteTokenizer())
+    save_run(root / "teacher_run", *original, ByteTokenizer())
+    save_run(root / "student", *reduced, ByteTokenizer())
+    return {name: root / name for name in ("corpus", "teacher", "teacher_run", "student")}
+
+
+def flags(folders: dict[str, Path], workdir: Path, *more: str, teacher: str = "teacher_run") -> list[str]:
+    return ["--teacher", str(folders[teacher]), "--student", str(folders["student"]), "--workdir", str(workdir),
+            "--data.source", str(folders["corpus"]), "--data.sequence-length", "32", "--data.held-out", "0.1",
+            "--optimizer.warmup-steps", "2", "--optimizer.schedule-steps", "6", "--steps", "6", "--log-every", "2",
+            "--save-every", "2", "--eval-every", "3", "--eval-batches", "2", "--mesh.data", "1", *more]
+
+
+def train(config: TrainConfig, devices: int = 1) -> loop.TrainResult:
+    return loop.train(config, progress=False, devices=jax.devices()[:devices],
+                      teacher=lambda mesh: heal.read_teacher(config, mesh))
+
+
+@pytest.fixture(scope="module")
+def straight(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """Six steps in one start."""
+    config = heal.parse(flags(folders, tmp_path_factory.mktemp("straight"), "--distillation.hidden", "0.5"))
+    train(config)
+    return config
+
+
+def test_a_run_starts_with_the_student_and_nears_the_teacher(
+    straight: TrainConfig, reduced: Converted, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    lines = metric_lines(straight.workdir)
+    assert [line["step"] for line in lines] == [2, 3, 4, 6]
+    assert {"loss", "kl", "hidden", "bits_per_byte", "alpha_norm/layer_0"} <= set(lines[0])
+    assert {"eval_loss", "eval_kl", "eval_hidden", "eval_bits_per_byte"} <= set(lines[1])
+    still = heal.parse(flags(folders, tmp_path, "--optimizer.learning-rate", "1e-30", "--optimizer.warmup-steps", "0",
+                             "--distillation.hidden", "0.5", "--steps", "3"))
+    before = train(still).metrics
+    chex.assert_trees_all_close(saved_leaves(still), jax.device_get(reduced[1]), atol=1e-12)
+    assert lines[-1]["eval_kl"] < 0.9 * before["eval_kl"] and lines[-1]["eval_hidden"] < before["eval_hidden"]
+    item = {path.name for path in (Path(straight.workdir) / run.CHECKPOINTS / "6").iterdir() if path.is_dir()}
+    assert item == {"params", "optimizer", "counters", "meta"}, "the teacher is in no checkpoint"
+
+
+@pytest.mark.slow
+def test_resuming_equals_the_uninterrupted_run_bit_for_bit(
+    straight: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to stop in the middle of six steps, started again, from what it saved alone."""
+    config = dataclasses.replace(straight, workdir=str(tmp_path))
+    written = MetricsWriter.write
+
+    def stop_at_four(self: MetricsWriter, step: int, values: dict[str, Any]) -> None:
+        written(self, step, values)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsWriter, "write", stop_at_four)
+    first = train(config)
+    assert first.interrupted and first.step == 4
+    monkeypatch.undo()
+    second = train(heal.parse(["--config", str(tmp_path / run.CONFIG)]))
+    assert second.step == 6 and not second.interrupted
+    chex.assert_trees_all_equal(saved_leaves(config), saved_leaves(straight))
+    mine, theirs = metric_lines(config.workdir), metric_lines(straight.workdir)
+    assert [without_times(line) for line in mine] == [without_times(line) for line in theirs]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_mesh(straight: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(straight, workdir=str(tmp_path), steps=2)
+    train(config)
+    train(dataclasses.replace(config, steps=6, mesh=MeshConfig(data=2, fsdp=2, tensor=2)), devices=8)
+    mine, theirs = ({line["step"]: line["kl"] for line in metric_lines(where) if "kl" in line}
+                    for where in (config.workdir, straight.workdir))
+    assert mine.keys() == theirs.keys() == {2, 4, 6}
+    np.testing.assert_allclose(list(mine.values()), list(theirs.values()), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_script_heals_from_a_checkpoint_in_one_command(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Both kinds of teacher hold the same model; the healed run is read like any other."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-m", "experiments.heal", *flags(folders, tmp_path, "--steps", "2", teacher="teacher")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0 and "done: step 2" in done.stdout, done.stderr
+    trained = run.load_trained(tmp_path)
+    assert trained.step == 2 and trained.config.initial == str(folders["student"])
+    (line,) = [line for line in metric_lines(str(tmp_path)) if "kl" in line]
+    other = tmp_path / "other"
+    train(heal.parse(flags(folders, other, "--steps", "2")))
+    np.testing.assert_allclose(line["kl"], metric_lines(str(other))[0]["kl"], rtol=1e-4)
+
+
+# ---- what is refused ----
+
+
+def test_flags_become_the_config(folders: dict[str, Path], reduced: Converted, tmp_path: Path) -> None:
+    config = heal.parse(flags(folders, tmp_path, "--distillation.temperature", "2", "--optimizer.rates.embeddings", "0",
+                              "--model.remat", "full"))
+    assert config.model == dataclasses.replace(reduced[0], remat="full")
+    assert config.initial == str(folders["student"]) and config.data.tokenizer == str(folders["student"] / "tokenizer")
+    assert config.distillation == DistillationConfig(str(folders["teacher_run"]), temperature=2.0)
+    assert config.optimizer.rates == GroupRates(embeddings=0.0)
+    assert from_dict(TrainConfig, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(("drop", "message"), [
+    ("--teacher", "teacher=None: give --teacher"), ("--student", "student=None: give --student")])
+def test_both_models_are_needed(drop: str, message: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    args = flags(folders, tmp_path)
+    at = args.index(drop)
+    with pytest.raises(ValueError, match=message):
+        heal.parse(args[:at] + args[at + 2 :])
+
+
+def test_a_student_without_a_checkpoint_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    with pytest.raises(ValueError, match=r"workdir='.*empty': holds no run"):
+        heal.parse(flags({**folders, "student": empty}, tmp_path / "out"))
+    (empty / run.CHECKPOINTS).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"workdir='.*empty': holds no finished checkpoint"):
+        heal.parse(flags({**folders, "student": empty}, tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"initial='.*student': must be the folder of another run than workdir"):
+        heal.parse(flags(folders, folders["student"]))
+
+
+@pytest.mark.parametrize(("changes", "distillation", "message"), [
+    ({"vocab_size": 300}, {}, r"teacher 'teacher' vocab_size=300: must be the student's 264"),
+    ({"num_layers": 3}, {"hidden": 0.1}, r"num_layers=3: must be the student's 2, or distillation.hidden=0 \(now 0.1"),
+    ({"model_dim": 48}, {"hidden": 0.1}, r"model_dim=48: must be the student's 24"),
+])
+def test_another_kind_of_teacher_is_refused(
+    changes: dict[str, int], distillation: dict[str, float], message: str, reduced: Converted
+) -> None:
+    config = config_for(reduced[0], distillation=distillation)
+    with pytest.raises(ValueError, match=message):
+        teacher_config(config, dataclasses.replace(GQA, **changes))
+    if "vocab_size" not in changes:
+        teacher_config(config_for(reduced[0]), dataclasses.replace(GQA, **changes))
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = heal.parse(flags(folders, tmp_path))
+
+    def other(mesh: Mesh) -> Teacher:
+        return dataclasses.replace(heal.read_teacher(config, mesh), tokenizer="another")
+
+    with pytest.raises(ValueError, match="teacher tokenizer='another': must be that of the student, bytes-1"):
+        loop.train(config, progress=False, devices=jax.devices()[:1], teacher=other)
+
+
+def test_a_teacher_and_its_config_go_together(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = heal.parse(flags(folders, tmp_path))
+    with pytest.raises(ValueError, match="distillation=.* must be given where a teacher is read"):
+        loop.train(config, progress=False, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="distillation=.* needs a loss that asks the teacher"):
+        programs.lower_training(config, axes.make_mesh((1,) * 5, jax.devices()[:1]))
+
+
+def test_starting_with_another_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = heal.parse(flags(folders, tmp_path))
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, ffn_dim=48))
+    with pytest.raises(ValueError, match=r"student'.*holds a run of another model: model.ffn_dim=48 \(saved: 32\)"):
+        train(other)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: DistillationConfig("x", temperature=0), "temperature=0: must be positive"),
+    (lambda: DistillationConfig("x", cross_entropy=1.5), r"cross_entropy=1.5: must be in \[0, 1\]"),
+    (lambda: DistillationConfig("x", hidden=-1), "hidden=-1: must not be negative"),
+    (lambda: DistillationConfig(""), "teacher=''"),
+    (lambda: GroupRates(attention=-1), "attention=-1: must be 0 or positive"),
+    (lambda: GroupRates(0, 0, 0, 0), "rates=.*one of them must be positive"),
+    (lambda: TrainConfig(z_loss=1e-4, distillation=DistillationConfig("x")), "z_loss=0.0001: must be 0 with distil"),
+])
+def test_values_that_make_no_sense(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
