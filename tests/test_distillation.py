@@ -300,13 +300,15 @@ def test_a_run_starts_with_the_student_and_nears_the_teacher(
     straight: TrainConfig, reduced: Converted, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     lines = metric_lines(straight.workdir)
-    assert [line["step"] for line in lines] == [2, 3, 4, 6]
-    assert {"loss", "kl", "hidden", "bits_per_byte", "alpha_norm/layer_0"} <= set(lines[0])
-    assert {"eval_loss", "eval_kl", "eval_hidden", "eval_bits_per_byte"} <= set(lines[1])
+    assert [line["step"] for line in lines] == [0, 2, 3, 4, 6]
+    assert {"loss", "kl", "hidden", "teacher_loss", "bits_per_byte", "alpha_norm/layer_0"} <= set(lines[1])
+    assert {"eval_loss", "eval_kl", "eval_hidden", "eval_teacher_loss", "eval_bits_per_byte"} <= set(lines[0])
     still = heal.parse(flags(folders, tmp_path, "--optimizer.learning-rate", "1e-30", "--optimizer.warmup-steps", "0",
                              "--distillation.hidden", "0.5", "--steps", "3"))
     before = train(still).metrics
     chex.assert_trees_all_close(saved_leaves(still), jax.device_get(reduced[1]), atol=1e-12)
+    assert {name: before[name] for name in ("eval_kl", "eval_hidden", "eval_loss", "eval_teacher_loss")} == {
+        name: lines[0][name] for name in ("eval_kl", "eval_hidden", "eval_loss", "eval_teacher_loss")}
     assert lines[-1]["eval_kl"] < 0.9 * before["eval_kl"] and lines[-1]["eval_hidden"] < before["eval_hidden"]
     item = {path.name for path in (Path(straight.workdir) / run.CHECKPOINTS / "6").iterdir() if path.is_dir()}
     assert item == {"params", "optimizer", "counters", "meta"}, "the teacher is in no checkpoint"

@@ -177,7 +177,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     initial: str | None = None
-    """Folder of a run of the same model, with whose newest parameters this one starts; None for new ones."""
+    """Folder of a run of the same model, with whose newest parameters this one starts; they are evaluated first. None
+    for new ones."""
     distillation: DistillationConfig | None = None
     """The model that this one learns from (`experiments.heal`); None to learn from the text alone."""
     steps: int = 500

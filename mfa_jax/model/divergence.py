@@ -20,6 +20,8 @@ class DivergenceSums(NamedTuple):
     """`KL(teacher || model)` of the predictions at the temperature, in nats, times its square."""
     nll: Float[Array, ""]
     """Negative log-likelihood of the targets in nats, at temperature 1."""
+    teacher_nll: Float[Array, ""]
+    """That of the teacher."""
     tokens: Float[Array, ""]
     """Targets that count."""
 
@@ -79,7 +81,7 @@ def _local_sums(
 
     zero = jnp.zeros((), jnp.float32)
     parts = tuple(split(x, chunk) for x in (hidden, teacher_hidden, targets, mask))
-    return jax.lax.scan(step, DivergenceSums(zero, zero, zero), parts)[0]
+    return jax.lax.scan(step, DivergenceSums(zero, zero, zero, zero), parts)[0]
 
 
 def _chunk_sums(
@@ -103,7 +105,9 @@ def _chunk_sums(
     p = exponentials * (1 / their_norm)[..., None]
     apart = total(jnp.sum(p * (theirs - ours), axis=-1)) / temperature
     apart += (top + jnp.log(norm)) - (their_top + jnp.log(their_norm))
-    _, log_partition, chosen = read_logits(ours, targets, vocabulary)
-    counted = jnp.sum(jnp.where(mask, temperature**2 * apart, 0.0))
-    nll = jnp.sum(jnp.where(mask, log_partition - chosen, 0.0))
-    return DivergenceSums(counted, nll, jnp.sum(mask, dtype=jnp.float32))
+    terms = [temperature**2 * apart]
+    for logits in (ours, theirs):
+        _, log_partition, chosen = read_logits(logits, targets, vocabulary)
+        terms.append(log_partition - chosen)
+    kl, nll, teacher_nll = (jnp.sum(jnp.where(mask, term, 0.0)) for term in terms)
+    return DivergenceSums(kl, nll, teacher_nll, jnp.sum(mask, dtype=jnp.float32))

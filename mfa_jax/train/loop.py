@@ -99,7 +99,7 @@ def train(
             (workdir / run.CONFIG).write_text(to_json(config))
         with (
             contextlib.closing(loader),
-            MetricsWriter(workdir, start_step=start, enabled=leader) as writer,
+            MetricsWriter(workdir, start_step=-1 if restored is None else start, enabled=leader) as writer,
             Progress(config.steps, start=start, enabled=progress and leader) as bar,
             processes.stop_signals() as stop,
         ):
@@ -202,6 +202,8 @@ class _Loop:
         """Steps until done or told to stop: the last step, the last one saved, and the state."""
         config, step, saved = self.config, int(state.step), int(state.step)
         pending: dict[str, Any] | None = None
+        if step == 0 and config.initial is not None and (before := self._evaluate(step, state)):
+            self.writer.write(step, before)
         began, steps_timed = time.perf_counter(), 0
         while step < config.steps and not stop(step):
             profile.at(step, state)

@@ -115,8 +115,8 @@ def teacher_config(config: TrainConfig, teacher: ModelConfig) -> ModelConfig:
 def distillation_loss(
     config: TrainConfig, model: Transformer, teacher: Transformer, params: Any, batch: Any, teacher_params: Any
 ) -> BatchSums:
-    """What `config.distillation` says, with the terms `kl`, the divergence times the square of the temperature, and
-    with a weight of the hidden states `hidden`, theirs."""
+    """What `config.distillation` says; its terms are `kl`, the divergence times the square of the temperature,
+    `teacher_loss`, the teacher's own negative log-likelihood, and with a weight of the hidden states `hidden`."""
     wanted = config.distillation
     assert wanted is not None
     (model, teacher), batch = _split_sequence((model, teacher), batch)
@@ -129,7 +129,7 @@ def distillation_loss(
                       unembedding(teacher_params, teacher.config), batch["targets"], mask,
                       temperature=wanted.temperature)
     loss = (1 - wanted.cross_entropy) * sums.divergence + wanted.cross_entropy * sums.nll
-    terms = {"kl": sums.divergence}
+    terms = {"kl": sums.divergence, "teacher_loss": sums.teacher_nll}
     if wanted.hidden:
         terms["hidden"] = stream_distance(states.streams, theirs.streams, mask)
         loss += wanted.hidden * terms["hidden"]
