@@ -116,9 +116,9 @@ def read_curve(folder: str) -> dict[str, Any]:
 def curve(config: CurveConfig) -> Path:
     """Writes `healing.json` and `healing.png`."""
     named = [item.rpartition("=") for item in config.run]
-    for name, _, folder in named:
-        require(bool(name), "run", folder, "must be NAME=FOLDER")
-    runs = {name: read_curve(folder) for name, _, folder in named}
+    for name, _, workdir in named:
+        require(bool(name), "run", workdir, "must be NAME=FOLDER")
+    runs = {name: read_curve(workdir) for name, _, workdir in named}
     folder = Path(config.results)
     folder.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(10, 4), layout="constrained")
