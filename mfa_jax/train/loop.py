@@ -81,7 +81,7 @@ def train(
             workdir = Path(config.workdir)
             folder = workdir / run.CHECKPOINTS
             checkpoints = stack.enter_context(Checkpoints(folder, keep_last=config.keep_checkpoints))
-            _require_same_run(config, checkpoints, has_teacher=teacher is not None)
+            _require_startable(config, checkpoints, has_teacher=teacher is not None)
             processes.require_same("config", to_json(config))
             prepared = processes.leader_first(lambda: _open_data(config, workdir))
             processes.require_same("prepared data", to_json(prepared.meta))
@@ -129,7 +129,7 @@ def _open_data(config: TrainConfig, workdir: Path) -> Prepared:
     return prepared
 
 
-def _require_same_run(config: TrainConfig, checkpoints: Checkpoints, *, has_teacher: bool) -> None:
+def _require_startable(config: TrainConfig, checkpoints: Checkpoints, *, has_teacher: bool) -> None:
     require(has_teacher == (config.distillation is not None), "distillation", config.distillation,
             "must be given where a teacher is read, and only there; experiments.heal does both")
     found = checkpoints.read_meta()
