@@ -248,6 +248,20 @@ def test_what_is_frozen_stays_bit_equal(
     assert size < whole and metrics["grad_norm"] > 0, "what is frozen has no moments"
 
 
+@pytest.mark.slow
+def test_frozen_routers_do_not_move_and_others_do() -> None:
+    """Selection biases move without a gradient; they are of the feed-forward all the same."""
+    moe = MoEConfig(num_experts=4, experts_per_token=2, expert_dim=8, scores="sigmoid", bias_update_rate=0.01)
+    c = compiled(dataclasses.replace(model_config("mfa", moe=moe), vocab_size=264))
+    known = c.config, jax.tree.map(lambda x: x + 0.01, c.params)
+    for rates, moves in ((GroupRates(), True), (GroupRates(feed_forward=0), False)):
+        state, metrics, _ = one_step(config_for(c.config, rates=rates), (c.config, c.params), known)
+        after, before = (tree["layers"]["moe"] for tree in (jax.device_get(state.params), c.params))
+        assert any(not np.array_equal(after[name], before[name]) for name in after) == moves
+        assert np.array_equal(after["router_bias"], before["router_bias"]) != moves
+        assert metrics["kl"] > 0 and "balance_loss" in metrics
+
+
 def parts_of(params: Any) -> list[tuple[str, np.ndarray]]:
     """Leaves by the name of their module and their own."""
     flat = {**{name: tree for name, tree in params.items() if name != "layers"}, **params["layers"]}

@@ -35,7 +35,7 @@ def divergence(
 
     `p = softmax(teacher_hidden teacher_table^T / tau)`, `q = softmax(hidden table^T / tau)`, logits in float32. The
     square keeps gradients of one size at all temperatures (Hinton et al., arXiv 1503.02531, section 2). Where both
-    models are the same, value and gradient are exactly zero.
+    models are the same, value and gradient are zero, at temperature 1 to the last bit.
 
     Logits are made for as many positions at a time as hold `chunk_elements` on a device, those of both models counted,
     and split over a mesh as `loss.cross_entropy` does it.

@@ -178,7 +178,9 @@ class _Loop:
         self.feed, self.writer, self.bar, self.goodput = feed, writer, bar, goodput
         self.metrics: dict[str, Any] = {}
         self.failed_saves = 0
-        peak = peak_flops(parts.mesh.devices.flat[0])
+        # The closed form counts every gradient: with some of them left out there is no MFU.
+        frozen = 0 in dataclasses.astuple(config.optimizer.rates)
+        peak = None if frozen else peak_flops(parts.mesh.devices.flat[0])
         self.flops = capacity.training_flops_per_token(config.model, config.data.sequence_length)
         if teacher is not None:  # forward only
             self.flops += capacity.training_flops_per_token(teacher.config, config.data.sequence_length) // 3
