@@ -53,7 +53,7 @@ def _by_column(S: np.ndarray) -> np.ndarray:
 def _scale(written: np.ndarray, read: np.ndarray, *, pairs: bool) -> np.ndarray:
     """What a width must be scaled by for both mean squares to be equal; `[L, C]`, or `[L, C / 2]` for pairs."""
     if pairs:
-        written, read = (sum(np.split(x, 2, axis=1)) for x in (written, read))
+        written, read = (np.add(*np.split(x, 2, axis=1)) for x in (written, read))
     used = (written > _SMALLEST) & (read > _SMALLEST)
     return np.where(used, np.where(used, read, 1) / np.where(used, written, 1), 1) ** 0.25
 
