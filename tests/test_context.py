@@ -26,7 +26,8 @@ from mfa_jax.config import DataConfig, MeshConfig, TrainConfig
 from mfa_jax.model.transformer import Transformer
 from mfa_jax.presets import model_preset
 from mfa_jax.train.loop import train
-from mfa_jax.train.step import BATCH_SPEC, batch_loss
+from mfa_jax.train.losses import batch_loss
+from mfa_jax.train.step import BATCH_SPEC
 from tests.contract import ATTENTION, model_config
 from tests.test_train import one_step, synthetic_batch
 from tests.test_train_moe import assert_same_step, config_for, curve_config, losses
