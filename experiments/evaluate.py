@@ -69,6 +69,8 @@ class EvaluateConfig:
     """File that the results are written to, as JSON; must not exist yet."""
     log_samples: bool = False
     """Write every item with what the model said of it there, too."""
+    confirm_run_unsafe_code: bool = False
+    """Run code that the model writes, where a task is judged by it; in processes of their own, but in no sandbox."""
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: ONE_DEVICE)
     """How batches and parameters lie on the devices."""
     dtype: DType | None = None
@@ -138,6 +140,9 @@ def load_tasks(config: EvaluateConfig) -> tuple[Any, list[Any]]:
     loaded = manager.load(config.task_names)
     inside = {child for children in loaded["group_map"].values() for child in children}
     named = {**loaded["groups"], **loaded["tasks"]}
+    unsafe = sorted(name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False))
+    require(not unsafe or config.confirm_run_unsafe_code, "tasks", unsafe,
+            "run code that the model writes; --confirm-run-unsafe-code says that you want it")
     return manager, [task for name, task in named.items() if name not in inside]
 
 
@@ -158,7 +163,7 @@ def evaluate(
     found = lm_eval.simple_evaluate(
         harness, tasks=tasks, task_manager=manager, limit=config.limit, num_fewshot=config.num_fewshot,
         apply_chat_template=config.apply_chat_template, system_instruction=config.system_instruction,
-        log_samples=log_samples, bootstrap_iters=BOOTSTRAP)
+        log_samples=log_samples, bootstrap_iters=BOOTSTRAP, confirm_run_unsafe_code=config.confirm_run_unsafe_code)
     found["mfa_jax"] = {
         "model": opened.name, "attention": model.attention.variant, "dtype": model.dtype, "decode_attention": kernel,
         "platform": jax.devices()[0].platform, "mesh": dict(jax.sharding.get_mesh().shape),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bz2
 import dataclasses
+import gzip
 import json
 import lzma
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,7 +160,7 @@ def test_a_tokenizer_without_a_template_cannot_chat() -> None:
 
 def test_every_task_file_has_a_task_of_its_name() -> None:
     names = [path.stem for path in TASKS.glob("*.yaml")]
-    assert len(names) == 11
+    assert len(names) == 12
     for path in TASKS.glob("*.yaml"):
         assert f"task: {path.stem}\n" in path.read_text()
 
@@ -184,6 +186,75 @@ def test_prompts(files: Path) -> None:
     assert tasks["local_winogrande"].doc_to_choice(doc) == doc["context_options"]
     pages = [doc["text"] for doc in tasks["local_wikitext2"].eval_docs]
     assert [page.split("\n")[0] for page in pages] == [" = One = ", " = Two = "] and " = = Part" in pages[0]
+
+
+CONTEXT = '''
+import numpy as np
+
+exec_context = """
+import numpy as np
+a = test_input
+[insert]
+"""
+
+def test_execution(code):
+    for test_input in (np.arange(3), np.ones(2)):
+        env = {"test_input": test_input}
+        exec(exec_context.replace("[insert]", code), env)
+        assert env["result"] == test_input.sum()
+'''
+NO_LOOPS = """
+def test_string(code):
+    assert "for" not in code
+"""
+
+
+def ds1000_row(context: str = CONTEXT, library: str = "Numpy") -> dict[str, Any]:
+    prompt = "Sum a.\n<code>\nimport numpy as np\n</code>\nresult = ... # put it here\nBEGIN SOLUTION\n<code>\n"
+    return {"prompt": prompt, "reference_code": "result = a.sum()", "code_context": context,
+            "metadata": {"library": library, "problem_id": 0}}
+
+
+def write_ds1000(folder: Path, *problems: dict[str, Any]) -> None:
+    with gzip.open(folder / "ds1000.jsonl.gz", "wt") as file:
+        file.write("".join(f"{json.dumps(row)}\n" for row in problems))
+
+
+def test_code_is_run_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    write_ds1000(tmp_path, ds1000_row(), ds1000_row(CONTEXT + NO_LOOPS))
+    given: dict[str, Any] = {"tasks": "local_ds1000", "workdir": "unused", "local_data": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"tasks=\['local_ds1000'\]: run code that .* --confirm-run-unsafe-code"):
+        load_tasks(EvaluateConfig(**given))
+    _, (task,) = load_tasks(EvaluateConfig(**given, confirm_run_unsafe_code=True))
+    plain, strict = task.eval_docs
+    assert task.doc_to_text(plain) == plain["prompt"]
+    loop = "result = 0\nfor x in a:\n    result += x\n"
+    for answer, expected in (
+        (plain["reference_code"], (1, 1)), (f"{plain['reference_code']}\n</code>\nEND SOLUTION", (1, 1)),
+        ("```python\nresult = np.sum(a)\n```\nIt sums.", (1, 1)), (loop, (1, 0)), ("result = 3", (0, 0)),
+        ("result =", (0, 0)), ("", (0, 0)), ("import sys; sys.exit(0)", (0, 0)),
+    ):
+        assert tuple(task.process_results(doc, [answer])["pass@1"] for doc in (plain, strict)) == expected, answer
+
+
+def test_code_that_does_not_end_is_ended(tmp_path: Path) -> None:
+    """With what it started, and without what it wrote."""
+    from mfa_jax.evaluate.tasks import ds1000
+
+    mark = tmp_path / "mark"
+    code = (f"import subprocess, time\nopen('here', 'w')\nsubprocess.Popen(['sh', '-c', 'sleep 3; touch {mark}'])\n"
+            f"time.sleep(60)")
+    start = time.monotonic()
+    assert not ds1000.passes("def test_execution(code):\n    exec(code)", code, seconds=1)
+    assert time.monotonic() - start < 30 and not Path("here").exists()
+    time.sleep(3.5)
+    assert not mark.exists()
+
+
+def test_a_library_that_is_missing_is_named(tmp_path: Path) -> None:
+    write_ds1000(tmp_path, ds1000_row(), ds1000_row(library="NoSuchLibrary"))
+    with pytest.raises(ValueError, match=r"library=\['NoSuchLibrary'\]: must be installed"):
+        load_tasks(EvaluateConfig(tasks="local_ds1000", local_data=str(tmp_path), confirm_run_unsafe_code=True))
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [

@@ -3,7 +3,7 @@
     python -m experiments.conversion run --from model.gguf --model SmolLM2-135M
     python -m experiments.conversion run --from model.gguf --model SmolLM2-135M --only original mfa_kr-1.5
     python -m experiments.conversion run --from model.gguf --model SmolLM2-135M --healed mfa_kr-1.5=runs/healed
-    python -m experiments.conversion run --tiny --results /tmp/table
+    python -m experiments.conversion run --tiny --results runs/table
     python -m experiments.conversion report
 
 Rows that are there with the same settings are skipped. Texts and tasks are read in the folder that MFA_JAX_DATA names;

@@ -82,7 +82,7 @@ def plan(ratios: tuple[float, ...], kinds: tuple[str, ...], num_kv_heads: int, h
 
 def _possible(kind: str, ratio: float, num_kv_heads: int) -> bool:
     if kind == "mean_pool":
-        return ratio > 1 and any(num_kv_heads == ratio * k for k in range(1, num_kv_heads))
+        return ratio > 1 and ratio.is_integer() and num_kv_heads % ratio == 0
     return ratio > 1 or kind not in PLAIN
 
 
