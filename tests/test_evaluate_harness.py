@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import dataclasses
 import gzip
+import importlib.util
 import json
 import lzma
 import subprocess
@@ -160,7 +161,7 @@ def test_a_tokenizer_without_a_template_cannot_chat() -> None:
 
 def test_every_task_file_has_a_task_of_its_name() -> None:
     names = [path.stem for path in TASKS.glob("*.yaml")]
-    assert len(names) == 12
+    assert len(names) == 13
     for path in TASKS.glob("*.yaml"):
         assert f"task: {path.stem}\n" in path.read_text()
 
@@ -281,6 +282,9 @@ def test_files_that_cannot_be_read(files: Path, name: str, content: str | None, 
     ({"output": "/nowhere/found.json"}, "output='/nowhere/found.json': must lie in a folder that exists"),
     ({"log_samples": True}, "log_samples=True: needs --output"),
     ({"system_instruction": "x"}, "system_instruction='x': needs --apply-chat-template"),
+    ({"max_seq_lengths": (5000,)}, "max_seq_lengths=5000: must be among 4096, 8192, "),
+    ({"tasks": "ruler_vt"}, "max_length=2048: must be at least 4096, or RULER's contexts lose their beginning"),
+    ({"tasks": "niah_single_1", "max_seq_lengths": (4096, 8192), "max_length": 4096}, "must be at least 8192"),
 ])
 def test_bad_flags_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -290,6 +294,37 @@ def test_bad_flags_are_named(changes: dict[str, Any], message: str) -> None:
 def test_an_unknown_task_is_named_with_its_neighbours(files: Path) -> None:
     with pytest.raises(ValueError, match="tasks='local_helaswag': there is no such task; such as local_hellaswag"):
         tasks_of("local_helaswag", files)
+
+
+def test_packages_of_ruler_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wonderwords" else find(name))
+    with pytest.raises(ValueError, match=r'RULER needs .*wonderwords: pip install "mfa_jax\[ruler\]"'):
+        load_tasks(EvaluateConfig(tasks="ruler_vt", workdir="x", max_length=4096))
+
+
+@pytest.mark.slow
+def test_ruler_measures_its_contexts_with_the_models_tokenizer(tmp_path: Path) -> None:
+    for name in ("nltk", "transformers", "wonderwords"):
+        pytest.importorskip(name, reason="RULER's tasks need it: pip install 'mfa_jax[ruler]'")
+    save_run(tmp_path / "run", C.config, C.params, TOKENIZER)
+    config = EvaluateConfig(tasks="niah_single_1", workdir=str(tmp_path / "run"), max_length=4096)
+    _, (task,) = load_tasks(config)
+    doc = next(iter(task.eval_docs))
+    assert doc["length"] == len(TOKENIZER.encode(doc["input"])) + 128 <= 4096 and doc["outputs"][0] in doc["input"]
+    assert task.process_results(doc, [f"It is {doc['outputs'][0]}."])["4096"] == 1
+
+
+@pytest.mark.slow
+def test_what_must_be_fetched_is_refused_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*args: Any, **options: Any) -> None:
+        raise ConnectionError("Couldn't reach 'emozilla/pg19-test' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match="tasks='pg19': cannot be loaded .*emozilla/pg19-test"):
+        load_tasks(EvaluateConfig(tasks="pg19", workdir="x"))
 
 
 @pytest.mark.slow
