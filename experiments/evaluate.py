@@ -44,6 +44,8 @@ from mfa_jax.model.transformer import Transformer
 ONE_DEVICE = MeshConfig(data=1)
 RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 """Those that RULER's tasks have a metric of."""
+RULER_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+"""What fills RULER's contexts."""
 BOOTSTRAP = 1000
 """Resamples that standard errors are estimated from; in this process, since JAX does not survive a fork."""
 
@@ -140,6 +142,10 @@ def _metadata(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
     tokenizer = config.open_tokenizer()
     require(not isinstance(tokenizer, SentencePieceTokenizer), "tokenizer", type(tokenizer).__name__,
             "RULER's tasks need a tokenizer.json")
+    count = len(tokenizer.encode(RULER_NOISE))
+    # Where their shortest examples do not fit, lm-eval 0.4.13 looks for shorter ones without end.
+    require(count <= 30 or all(name.startswith("niah_") for name in config.task_names), "tokenizer",
+            type(tokenizer).__name__, f"makes {count} tokens of {RULER_NOISE!r}, more than 30, too many for ruler_")
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(Path(folder), tokenizer, config.max_length)
         yield found | {"tokenizer": folder, "max_seq_lengths": list(config.max_seq_lengths or RULER_LENGTHS[:1])}

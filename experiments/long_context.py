@@ -76,7 +76,8 @@ def measure(config: LongContextConfig) -> dict[str, Any]:
             found |= {"needle_lengths": lengths, "needle_depths": DEPTHS}
             found |= needles(judge, books, config.rows, lengths, DEPTHS, config.seed)
     if "recall" in config.names:
-        found |= {"pairs": PAIRS} | recall(judge, config.rows, PAIRS, config.length, config.seed)
+        told = recall(judge, config.rows, PAIRS, config.length, config.seed)
+        found |= {"pairs": PAIRS[:len(told["told_bits"])]} | told
     return found
 
 

@@ -81,6 +81,9 @@ def test_what_makes_a_conversion_another_one(tmp_path: Path) -> None:
     assert settings(Row("mean_pool-2", "mean_pool", 2.0))["calibration"] == []
     assert settings(dataclasses.replace(row, ratio=1.5)) != found
     assert settings(row, dataclasses.replace(SIZES, calibration_rows=9)) != found
+    assert rows.same_conversion({name: value for name, value in found.items() if name != "ridge"}, found)
+    for other in ({**found, "ridge": 0.5}, {**found, "gone": 1}, {}):
+        assert not rows.same_conversion(other, found)
     with pytest.raises(ValueError, match="must be a .gguf file or a folder with safetensors"):
         rows.model_digest(str(tmp_path))
 

@@ -303,6 +303,13 @@ def test_packages_of_ruler_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         load_tasks(EvaluateConfig(tasks="ruler_vt", workdir="x", max_length=4096))
 
 
+def test_ruler_refuses_what_it_would_not_end_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
+    save_run(tmp_path / "run", C.config, C.params, TOKENIZER)
+    with pytest.raises(ValueError, match="tokenizer='ByteTokenizer': makes 89 tokens of 'The grass"):
+        load_tasks(EvaluateConfig(tasks="niah_single_1,ruler_vt", workdir=str(tmp_path / "run"), max_length=4096))
+
+
 @pytest.mark.slow
 def test_ruler_measures_its_contexts_with_the_models_tokenizer(tmp_path: Path) -> None:
     for name in ("nltk", "transformers", "wonderwords"):

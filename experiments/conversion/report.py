@@ -164,9 +164,9 @@ def _accuracies(rows: Sequence[Measured], original: Measured) -> str:
 
 
 def _costs(rows: Sequence[Measured]) -> str:
-    return table(["conversion", "ratio", "cached", "seconds", "peak memory, GiB", "commit"],
-                 [[*_label(row), f"{row.cost['seconds']:.0f}", f"{row.cost['peak_bytes'] / 2**30:.2f}",
-                   str(row.machine["commit"])] for row in rows if row.cost is not None])
+    lines = [[*_label(row), f"{row.cost['seconds']:.0f}", f"{row.cost['peak_bytes'] / 2**30:.2f}",
+              str(row.machine["commit"])] for row in rows if row.cost is not None]
+    return table(["conversion", "ratio", "cached", "seconds", "peak memory, GiB", "commit"], lines) if lines else ""
 
 
 def _pictures(model: str, rows: Sequence[Measured], original: Measured, folder: Path) -> list[str]:

@@ -27,7 +27,7 @@ PLAIN = ("key_pca", "mean_pool")
 class Sizes:
     """How much text a conversion is given, and how much a model is measured on."""
 
-    calibration_rows: int = 32
+    calibration_rows: int = 24
     """Rows of calibration text, half of each file."""
     calibration_tokens: int = 512
     """Tokens of such a row."""
@@ -110,6 +110,12 @@ def conversion_settings(config: ConvertConfig) -> dict[str, Any]:
         del found[name]
     digests = [text_digest(path) for path in config.calibration]
     return {**found, "source": model_digest(config.source), "calibration": digests}
+
+
+def same_conversion(recorded: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether two conversions have the same settings: one that was written without a field has its default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(ConvertConfig)}
+    return {name: recorded.get(name, defaults.get(name)) for name in {*recorded, *wanted}} == wanted
 
 
 @functools.cache

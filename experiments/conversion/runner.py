@@ -175,7 +175,9 @@ def _name(config: RunConfig) -> str:
 def _is_done(config: RunConfig, row: Row, settings: dict[str, Any]) -> bool:
     found = latest(records.read_as(Measured, Path(config.results)))
     record = found.get((_name(config), row.name))
-    return record is not None and record.settings == settings
+    if record is None or {**record.settings, "convert": None} != {**settings, "convert": None}:
+        return False
+    return rows.same_conversion(record.settings.get("convert", {}), settings.get("convert", {}))
 
 
 def latest(found: list[Measured]) -> dict[tuple[str, str], Measured]:
