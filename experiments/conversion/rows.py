@@ -35,7 +35,7 @@ class Sizes:
     """Rows of each test text, evenly spread over the whole of it."""
     text_tokens: int = 512
     """Tokens of such a row that are predicted."""
-    items: int = 100
+    items: int = 50
     """The first so many items of each task."""
     tasks: tuple[str, ...] = ("local_hellaswag", "local_piqa", "local_openbookqa", "local_siqa")
 
