@@ -123,7 +123,7 @@ def _is_local(task: str) -> bool:
 
 
 def _is_ruler(task: str) -> bool:
-    return task.startswith(("ruler", "niah_"))
+    return task.startswith(("ruler", "niah_")) or task == "longcxt"
 
 
 @contextlib.contextmanager

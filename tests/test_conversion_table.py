@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def line(row: str, nats: list[float], right: str = "0110", **more: Any) -> Measu
     texts = {name: {"nats": nats, "bytes": [40, 50, 60], "tokens": 10} for name in measure.TEXTS}
     settings: dict[str, Any] = {"measure": {"rows": 3, "tokens": 10, "items": 4, "texts": ["a", "b"]}}
     if row.endswith("-healed"):
-        settings["healing"] = {"steps": 100, "data": {"batch_size": 10, "sequence_length": 1000}}
+        settings["healing"] = {"step": 100, "config": {"data": {"batch_size": 10, "sequence_length": 1000}}}
     elif kind != "original":
         settings["convert"] = {"rows": 16, "context": 512, "calibration": ["valid 0123"]}
     cost = {"seconds": 60.0, "peak_bytes": 2.0**30} if "convert" in settings else None
@@ -149,7 +150,7 @@ def test_rows_are_made_once(data_dir: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("MFA_JAX_DATA", str(data_dir))
     monkeypatch.setattr(runner, "TINY", SIZES)
     config = RunConfig(tiny=True, ratios=(1.0, 2.0), kinds=("mfa_kr", "mean_pool"), results=str(tmp_path / "results"),
-                       workdir=str(tmp_path / "work"))
+                       workdir=str(tmp_path / "work"), keep=True)
     runner.run(config)
     path = tmp_path / "results" / records.METRICS
     lines = path.read_text().splitlines(keepends=True)
@@ -159,14 +160,23 @@ def test_rows_are_made_once(data_dir: Path, tmp_path: Path, monkeypatch: pytest.
     original, exact, reduced, pooled = (sum(each["texts"]["books-test"]["nats"]) for each in found)
     assert exact == pytest.approx(original, rel=1e-4) and original < reduced < pooled
     assert all(each["cost"]["seconds"] > 0 and each["cost"]["peak_bytes"] > 2**26 for each in found[1:])
-    assert not list((tmp_path / "work").glob("*/config.json"))
+    # What a training run would leave: the folder of a run.
+    shutil.copytree(next((tmp_path / "work").glob("mfa_kr-2-*/config.json")).parent, tmp_path / "run")
     path.write_text("".join(lines[:3]) + lines[3][:50])
     with caplog.at_level(logging.WARNING):
-        runner.run(config)
+        runner.run(dataclasses.replace(config, keep=False))
+    assert not list((tmp_path / "work").glob("mean_pool-2*/config.json"))
     assert "1 half-written or damaged lines are skipped" in caplog.text
     again = [each.row for each in records.read_as(Measured, tmp_path / "results")]
     assert again == ["original", "mfa_kr-1", "mfa_kr-2", "mean_pool-2"]
-    assert "| mean-pooled heads (GQA) | 2 | 32 |" in report.write(str(tmp_path / "results")).read_text()
+    runner.run(dataclasses.replace(config, only=("mfa_kr-2-healed",), healed=(f"mfa_kr-2={tmp_path / 'run'}",)))
+    healed = records.read_as(Measured, tmp_path / "results")[-1]
+    assert healed.texts["books-test"]["nats"] == found[2]["texts"]["books-test"]["nats"] and healed.cost is None
+    assert healed.settings["healing"]["step"] == 0 and healed.cached_elements == [64, 32]
+    page = report.write(str(tmp_path / "results")).read_text()
+    assert "| mean-pooled heads (GQA) | 2 | 32 |" in page and "| MFA-KR, healed on 0 M tokens | 2 | 32 |" in page
+    with pytest.raises(ValueError, match="healed=.*: holds no run"):
+        runner.run(dataclasses.replace(config, healed=(f"mfa_kr-2={tmp_path}",)))
 
 
 def test_an_unknown_row_is_refused(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from experiments.evaluate import EvaluateConfig, evaluate, load_tasks
 from experiments.opening import Opened
 from experiments.studies import corpus
+from experiments.studies.long_context.tasks import text_bytes
 from mfa_jax.config import require
 from mfa_jax.data import Tokenizer, documents
 from mfa_jax.evaluate import loglikelihoods
@@ -46,7 +47,7 @@ def text_loss(opened: Opened, name: str, rows: int, tokens: int) -> TextLoss:
     ids = spread_rows(opened.tokenizer, "\n".join(document.text for document in documents(str(corpus.find(name)))),
                       rows, tokens + 1, name)
     scores = loglikelihoods(opened.model, opened.params, [(row[:1], row[1:]) for row in ids.tolist()])
-    sizes = [len(opened.tokenizer.decode(row[1:]).encode()) for row in ids.tolist()]
+    sizes = [text_bytes(opened.tokenizer, row[1:]) for row in ids.tolist()]
     return TextLoss([-score.logprob for score in scores], sizes, tokens)
 
 

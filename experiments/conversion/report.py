@@ -105,8 +105,8 @@ def _label(row: Measured) -> list[str]:
     """The first cells of a row: what it is, its ratio, what it caches."""
     title = TITLES[row.kind]
     if "healing" in row.settings:
-        data = row.settings["healing"]["data"]
-        tokens = row.settings["healing"]["steps"] * data["batch_size"] * data["sequence_length"]
+        data = row.settings["healing"]["config"]["data"]
+        tokens = row.settings["healing"]["step"] * data["batch_size"] * data["sequence_length"]
         title += f", healed on {tokens / 1e6:.3g} M tokens"
     return [title, f"{row.cached_elements[0] / row.cached_elements[1]:.3g}", str(row.cached_elements[1])]
 

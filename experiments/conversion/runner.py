@@ -25,9 +25,10 @@ from experiments.opening import Opened, open_model
 from experiments.studies import corpus, records, runner
 from experiments.studies.study import identity
 from mfa_jax.capacity import cache_elements_per_token
-from mfa_jax.config import GQAConfig, TrainConfig, from_dict, load_json, require
+from mfa_jax.config import GQAConfig, TrainConfig, from_dict, require
 from mfa_jax.convert import load_pretrained
-from mfa_jax.train.run import CONFIG
+from mfa_jax.train.checkpoint import Checkpoints
+from mfa_jax.train.run import CHECKPOINTS
 
 RESULTS = Path(__file__).parents[1] / "results" / "conversion"
 
@@ -156,12 +157,23 @@ def _settings(config: RunConfig, row: Row) -> dict[str, Any]:
         "rows": sizes.text_rows, "tokens": sizes.text_tokens, "items": sizes.items, "tasks": sizes.tasks,
         "texts": [rows.text_digest(str(corpus.find(name))) for name in measure.TEXTS]}}
     if row.healed is not None:
-        found["healing"] = identity(from_dict(TrainConfig, load_json(dict, Path(row.healed) / CONFIG)))
+        found["healing"] = _healing(row.healed)
     elif row.kind == ORIGINAL:
         found["source"] = rows.model_digest(config.source)
     else:
         found["convert"] = rows.conversion_settings(_conversion(config, row, Path(config.workdir)))
     return dict(json.loads(json.dumps(found)))
+
+
+def _healing(folder: str) -> dict[str, Any]:
+    """How a run trained, and how far it is. Raises: ValueError: no run, or no finished checkpoint."""
+    path = Path(folder) / CHECKPOINTS
+    require(path.is_dir(), "healed", folder, "holds no run")
+    with Checkpoints(path, read_only=True) as checkpoints:
+        found = checkpoints.read_meta(None)
+    require(found is not None, "healed", folder, "holds no finished checkpoint yet")
+    assert found is not None
+    return {"step": found[0], "config": identity(from_dict(TrainConfig, found[1]["config"]))}
 
 
 def _short(settings: dict[str, Any]) -> str:
