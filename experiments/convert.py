@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import resource
 import shutil
 import sys
@@ -23,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -35,6 +38,7 @@ from mfa_jax.convert.layerwise import LayerReport
 from mfa_jax.convert.plain import key_pca, mean_pool
 from mfa_jax.convert.reduce import reduce_gqa
 from mfa_jax.data import Tokenizer, documents
+from mfa_jax.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +57,11 @@ class ConvertConfig:
     """The original's cached elements a token over the new ones; 1 is exact."""
     calibration: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text files; may be given several times, each gives as many rows. Needed above ratio 1."""
-    rows: int = 32
+    rows: int = 48
     """Rows of calibration text."""
     context: int = 512
     """Tokens of a row."""
-    ridge: float = 0.01
+    ridge: float = 0.1
     """Of the refit, as a share of the mean square of the features."""
     tokenizer: str | None = None
     """Name of the tokenizer in the folder; none for what it holds."""
@@ -138,10 +142,20 @@ def convert(config: ConvertConfig, model: ModelConfig, params: Any, tokenizer: T
         f"layer {layer.layer + 1} of {model.num_layers}: misses {layer.refitted_error:.3f} of its output's mean square",
         file=sys.stderr)}
     rows = calibration_rows(config, tokenizer)
+    require_reads(model, params, rows[:1])
     if config.method == "key_pca":
         return key_pca(model, params, rows, **common)
     return reduce_gqa(model, params, rows, target="mfa" if config.to == "mfa" else "mfa_kr", ridge=config.ridge,
                       **common)
+
+
+def require_reads(model: ModelConfig, params: Any, rows: np.ndarray) -> None:
+    """Raises `ValueError` where a model predicts text no better than a guess: another tokenizer's tokens."""
+    logits = jax.jit(Transformer(model).apply)({"params": params}, rows)[0]
+    loss = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(rows)[:, 1:, None], axis=-1).mean()
+    require(bool(loss < math.log(model.vocab_size)), "tokenizer", f"{float(loss):.2f} nats a token",
+            f"is what the model makes of the calibration text, a guess among vocab_size={model.vocab_size} makes "
+            f"{math.log(model.vocab_size):.2f}: the tokenizer must be the one that the model was trained with")
 
 
 def unfinished(out: str) -> Path:

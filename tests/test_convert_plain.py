@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from experiments.convert import ConvertConfig, main, pooled_heads
 from mfa_jax.config import GQAConfig, ModelConfig
-from mfa_jax.convert.activations import Moments
-from mfa_jax.convert.directions import rank_keys
+from mfa_jax.convert.directions import Moments, rank_keys
 from mfa_jax.convert.plain import key_pca, mean_pool, rank_by_variance
+from mfa_jax.data import ByteTokenizer
 from mfa_jax.model.transformer import Transformer
 from mfa_jax.train.run import load_trained
 from tests.contract import compiled, model_config, tokens
@@ -128,3 +130,31 @@ def test_what_is_refused() -> None:
         ConvertConfig("a", "b", to="gqa", cache_ratio=2.0, calibration=("x",))
     with pytest.raises(ValueError, match="cache_ratio=1.0: must be above 1 for method='mean_pool'"):
         ConvertConfig("a", "b", to="gqa", method="mean_pool")
+
+
+def test_a_folder_without_a_tokenizer_names_the_flag(data_dir: Path, tmp_path: Path) -> None:
+    stories = data_dir / "models" / "stories260K"
+    with pytest.raises(ValueError, match=r"holds no tokenizer.json; name the tokenizer .*--tokenizer.*tok512.bin"):
+        main(ConvertConfig(str(stories), str(tmp_path / "out")))
+    with pytest.raises(ValueError, match=r"checkpoint='.*/nothing': no such folder or .gguf file"):
+        main(ConvertConfig(str(tmp_path / "nothing"), str(tmp_path / "out")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_models_tokenizer_is_refused(data_dir: Path, tmp_path: Path) -> None:
+    """One that is too large, and one that fits but numbers its tokens otherwise."""
+    stories = tmp_path / "stories"
+    shutil.copytree(data_dir / "models" / "stories260K", stories)
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time, there was a little girl who liked to play. " * 80)
+    options: dict[str, Any] = {"source": str(stories), "out": str(tmp_path / "out"), "to": "mfa", "cache_ratio": 2.0,
+                               "rows": 8, "context": 64, "calibration": (str(text),)}
+    ByteTokenizer().save(stories / "bytes")
+    with pytest.raises(ValueError, match=r"tokenizer=.\d+\.\d\d nats a token.: .* a guess among vocab_size=512"):
+        main(ConvertConfig(tokenizer="bytes", **options))
+    words = {f"word{i}": i for i in range(600)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({**words, "</s>": 600}, "word0"))
+    tokenizer.save(str(stories / "large.json"))
+    with pytest.raises(ValueError, match="tokenizer.vocab_size=601: must be at most the model's vocab_size=512"):
+        main(ConvertConfig(tokenizer="large.json", **options))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stories", "text.txt"]

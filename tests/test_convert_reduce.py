@@ -17,8 +17,7 @@ import pytest
 from experiments.convert import ConvertConfig, calibration_rows, main, width_of
 from mfa_jax.config import ModelConfig, PositionConfig
 from mfa_jax.convert import load_pretrained, pretrained_tokenizer
-from mfa_jax.convert.activations import Moments
-from mfa_jax.convert.directions import rank_keys
+from mfa_jax.convert.directions import Moments, rank_keys
 from mfa_jax.convert.reduce import reduce_gqa
 from mfa_jax.data import ByteTokenizer
 from mfa_jax.model.transformer import Transformer
@@ -65,7 +64,7 @@ def test_the_error_grows_as_the_cache_shrinks(target: Any, widths: tuple[int, ..
     for width in widths:
         config, params, reports = reduce_gqa(c.config, c.params, np.asarray(TEXT), target=target, width=width)
         assert (config.attention.kind, config.attention.latent_dim) == (target, width)
-        assert [r.layer for r in reports] == [0, 1] and all(r.refitted_error <= r.error for r in reports)
+        assert [r.layer for r in reports] == [0, 1] and all(r.refitted_error <= r.error + 1e-9 for r in reports)
         errors.append(np.mean((logits(config, params, TEXT) - expected) ** 2) / np.mean(expected**2))
     assert errors[0] < errors[1] < errors[2] and errors[0] < 0.05
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -15,23 +14,12 @@ from jaxtyping import Array, Float
 from mfa_jax.attention.core import attend
 from mfa_jax.attention.encoding import Encoding
 from mfa_jax.config import GQAConfig, ModelConfig
+from mfa_jax.convert.directions import Moments, Reduced
 from mfa_jax.layers import RMSNorm
 from mfa_jax.model.layers import SwiGLU
 
 ROWS = 2
 """Rows of calibration text that are in flight at a time."""
-
-
-@dataclasses.dataclass
-class Moments:
-    """Second moments of one layer's tokens `x`, after the norm with its scale left out; float64."""
-
-    tokens: np.ndarray
-    """[D, D], `E[x^T x]`."""
-    mean: np.ndarray
-    """[D], `E[x]`."""
-    read: np.ndarray
-    """[D, D], `E[(a_n X)^T (a_n X)]` over queries and heads, `a_n` a head's attention: what values are averaged to."""
 
 
 def batches(x: np.ndarray) -> Iterator[slice]:
@@ -65,10 +53,10 @@ def _original(
 
 @functools.partial(jax.jit, static_argnames="config")
 def heads(
-    config: ModelConfig, W: Float[Array, "D N C"], S_k: Float[Array, "D C"], S_v: Float[Array, "D C"],
+    config: ModelConfig, W: Float[Array, "D N C"], S_k: Float[Array, "D C"], values: Float[Array, "D M"],
     inv_freq: Float[Array, " W"], x: Float[Array, "B T D"],
-) -> Float[Array, "B T N C"]:
-    """What the heads of an MFA layer yield before `O`, of normed tokens; for MFA-KR `S_v` is `S_k`.
+) -> Float[Array, "B T N M"]:
+    """What the heads of an MFA layer average values `x values` of any width to, of normed tokens.
 
     Args:
       config: of the model, for its encoding.
@@ -79,7 +67,7 @@ def heads(
     encoding = Encoding(config.position, C, N, inv_freq)
     q = encoding.rotate(jnp.einsum("BTD,DNC->BTNC", x, W), positions, head_axis=2)
     k = encoding.rotate(jnp.einsum("BTD,DC->BTC", x, S_k), positions)
-    return attend(q, k, jnp.einsum("BTD,DC->BTC", x, S_v), scale=C**-0.5)
+    return attend(q, k, jnp.einsum("BTD,DM->BTM", x, values), scale=C**-0.5)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -91,42 +79,49 @@ def feed_forward(config: ModelConfig, params: Any, x: Float[Array, "B T D"]) -> 
 
 
 def observe(
-    config: ModelConfig, layer: dict[str, np.ndarray], inv_freq: np.ndarray, stream: np.ndarray
+    config: ModelConfig, layer: dict[str, np.ndarray], inv_freq: np.ndarray, stream: np.ndarray, rows: int | None = None
 ) -> tuple[Moments, np.ndarray]:
     """The moments of a layer and what its attention adds to the stream, `[B, T, D]` both ways.
 
     Args:
       layer: `W_Q`, `W_K`, `W_V`, `W_O`, with the norm's scale folded in.
+      rows: moments are those of the first so many rows, the costlier part; None for all.
     """
     D, N = stream.shape[-1], config.attention.num_heads
+    rows = len(stream) if rows is None else min(rows, len(stream))
     single = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in layer.items()}
-    count = stream.shape[0] * stream.shape[1]
+    count = rows * stream.shape[1]
     found = Moments(np.zeros((D, D)), np.zeros(D), np.zeros((D, D)))
     outputs = np.empty_like(stream)
-    for rows in batches(stream):
-        x = normed(stream[rows], config.norm_eps)
-        read, outputs[rows] = _original(config, single, jnp.asarray(inv_freq), x)
-        flat = np.asarray(x).reshape(-1, D)
+    for batch in batches(stream):
+        x = normed(stream[batch], config.norm_eps)
+        if batch.start >= rows:
+            outputs[batch] = _original(config, single, jnp.asarray(inv_freq), x)[1]
+            continue
+        read, outputs[batch] = _original(config, single, jnp.asarray(inv_freq), x)
+        flat = np.asarray(x)[: rows - batch.start].reshape(-1, D)
         found.tokens += flat.T @ flat / count
         found.mean += flat.sum(0, dtype=np.float64) / count
-        averaged = np.asarray(read).reshape(-1, D)
+        averaged = np.asarray(read)[: rows - batch.start].reshape(-1, D)
         found.read += averaged.T @ averaged / (count * N)
     return found, outputs
 
 
-def features(config: ModelConfig, new: dict[str, np.ndarray], stream: np.ndarray) -> np.ndarray:
-    """What the heads of an MFA layer yield, `[tokens, N C]`, of a stream before its norm.
-
-    Args:
-      new: with the query projections `W`, `S_k`, `S_v`, and `inv_freq`.
-    """
-    given = [jnp.asarray(new[name], jnp.float32) for name in ("W", "S_k", "S_v", "inv_freq")]
-    found = [np.asarray(heads(config, *given, normed(stream[rows], config.norm_eps))) for rows in batches(stream)]
+def features(config: ModelConfig, reduced: Reduced, stream: np.ndarray) -> np.ndarray:
+    """What the heads of a reduced layer yield, `[B T, N C]`, float32, of a stream before its norm."""
+    keys = reduced.keys
+    given = [jnp.asarray(x, jnp.float32) for x in (keys.W * keys.S_k.shape[1]**0.5, keys.S_k, reduced.averaged,
+                                                   keys.inv_freq)]
+    found = [np.asarray(heads(config, *given, normed(stream[batch], config.norm_eps))) for batch in batches(stream)]
     return np.concatenate(found).reshape(stream.shape[0] * stream.shape[1], -1)
 
 
-def misses(config: ModelConfig, new: dict[str, np.ndarray], stream: np.ndarray, output: np.ndarray) -> float:
-    """Mean square of what an MFA layer's output lacks to be `output`, over that of `output`."""
-    O = new["O"].reshape(-1, output.shape[-1]).astype(np.float32)
-    lacking = features(config, new, stream) @ O - output.reshape(-1, output.shape[-1])
-    return float(np.mean(np.square(lacking)) / np.mean(np.square(output)))
+def output_of(config: ModelConfig, reduced: Reduced, stream: np.ndarray) -> np.ndarray:
+    """What the attention of a reduced layer adds to a stream, `[B, T, D]` both ways."""
+    O = reduced.O.reshape(-1, stream.shape[-1]).astype(np.float32)
+    return (features(config, reduced, stream) @ O).reshape(stream.shape)
+
+
+def misses(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Mean square of what an output lacks to be the wanted one, over that of the wanted."""
+    return float(np.mean(np.square(found - wanted), dtype=np.float64) / np.mean(np.square(wanted), dtype=np.float64))

@@ -180,8 +180,10 @@ def _check(tensors: Mapping[str, Any], table: Mapping[str, Source], abstract: An
                 f"must be false, {head} differs from {embed}")
         found.remove(head)
     missing, extra = set(expected) - found, found - set(expected)
-    require(not missing, "checkpoint", shorten(missing), "these tensors are missing")
-    require(not extra, "checkpoint", shorten(extra), "the model of config.json has no such tensors")
+    require(not missing, "checkpoint", shorten(f"{name} {expected[name]}" for name in missing),
+            "these tensors are missing")
+    require(not extra, "checkpoint", shorten(f"{name} {tuple(tensors[name].get_shape())}" for name in extra),
+            "the model of config.json has no such tensors")
     for name, shape in expected.items():
         stored = tuple(tensors[name].get_shape())
         transposed = " (it is transposed)" if stored == shape[::-1] else ""

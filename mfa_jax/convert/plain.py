@@ -70,9 +70,10 @@ def key_pca(
         stream = streams["original"]
         moments, output = activations.observe(config, layer, frequencies[i], stream)
         keys = rank_by_variance(layer, frequencies[i], moments.tokens)
-        new = with_values(layer, first(keys, width // 2), width, moments.tokens)
-        error = activations.misses(config, new, stream, output)
+        reduced = with_values(layer, first(keys, width // 2), width, moments.tokens)
+        error = activations.misses(activations.output_of(config, reduced, stream), output)
         stream += output
+        new = reduced.layer()
         new |= factored(new.pop("W"), attention)
         return new, LayerReport(i, width, error, error)
 

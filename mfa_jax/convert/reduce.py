@@ -13,32 +13,45 @@ elements with frequency zero that queries do not look at. How many of its C elem
 error of the layer's output on some of the calibration text.
 
 *Refit.* Layer by layer, on the activations of the converted model, `O` is fitted by ridge regression so that the
-stream after attention is the original's.
+stream after attention is the original's. A token counts in the measure of its own stream, by which the next norm
+divides it: the first token of a text may have a stream a hundred times as large as the others'.
 
 Sources: the commuting maps are ours; TransMLA (Meng et al., arXiv 2502.07864) reduces with real ones.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import scipy.linalg
 
 from mfa_jax.config import MFAConfig, MFAKRConfig, ModelConfig, to_dict
 from mfa_jax.convert import activations
-from mfa_jax.convert.directions import Keys, first, output_metric, rank_keys, with_reused_keys, with_values
-from mfa_jax.convert.exact import INV_FREQ, Layer, factor_queries, frequencies_of, rebuilt
+from mfa_jax.convert.directions import (
+    Keys,
+    Moments,
+    Reduced,
+    first,
+    output_metric,
+    rank_keys,
+    with_reused_keys,
+    with_values,
+)
+from mfa_jax.convert.exact import Layer, factor_queries, frequencies_of, rebuilt
 from mfa_jax.convert.layerwise import LayerReport, Layerwise, Streams, require_reducible
 
+_OBSERVED_ROWS = 8
 _PROBED_ROWS = 2
 _SPLITS = 8
 
 
 def reduce_gqa(
     config: ModelConfig, params: Any, tokens: np.ndarray, *, target: Literal["mfa", "mfa_kr"], width: int,
-    ridge: float = 1e-2, folder: Path | None = None, on_layer: Callable[[LayerReport], None] = lambda report: None,
+    ridge: float = 0.1, folder: Path | None = None, on_layer: Callable[[LayerReport], None] = lambda report: None,
 ) -> tuple[ModelConfig, Any, list[LayerReport]]:
     """A GQA model as MFA or MFA-KR with C = `width`: `2 C` or `C` cached elements a token and layer.
 
@@ -75,14 +88,15 @@ class _Reducer:
         self.frequencies = found
 
     def __call__(self, layer: Layer, i: int, streams: Streams) -> tuple[Layer, LayerReport]:
-        original = streams["original"]
-        moments, output = activations.observe(self.config, layer, self.frequencies[i], original)
+        original, converted = streams["original"], streams["converted"]
+        moments, output = activations.observe(self.config, layer, self.frequencies[i], original, _OBSERVED_ROWS)
         pairs = rank_keys(layer, self.frequencies[i], moments, original.shape[1])
-        new = self._choose(layer, moments, pairs, original, output)
+        reduced = self._choose(layer, moments, pairs, original, output)
         original += output
-        before, after = self._refit(new, streams)
-        scale = float(np.mean(np.square(output, dtype=np.float64)))
-        report = LayerReport(i, int(2 * np.count_nonzero(new[INV_FREQ])), before / scale, after / scale)
+        reduced, before, after = self._refit(reduced, original, converted)
+        scale = float(np.mean(np.square(output) / _size(original), dtype=np.float64))
+        report = LayerReport(i, 2 * int(np.count_nonzero(reduced.keys.inv_freq)), before / scale, after / scale)
+        new = reduced.layer()
         new["S_q"], new["Q"] = factor_queries(new.pop("W"), self.attention.query_rank)
         if self.attention.kind == "mfa_kr":
             del new["S_v"]
@@ -91,8 +105,8 @@ class _Reducer:
         return new, report
 
     def _choose(
-        self, layer: Layer, moments: activations.Moments, pairs: Keys, stream: np.ndarray, output: np.ndarray
-    ) -> Layer:
+        self, layer: Layer, moments: Moments, pairs: Keys, stream: np.ndarray, output: np.ndarray
+    ) -> Reduced:
         C, metric = self.attention.latent_dim, output_metric(layer)
         if self.attention.kind == "mfa":
             return with_values(layer, first(pairs, C // 2), C, moments.read, metric)
@@ -100,20 +114,34 @@ class _Reducer:
         counts = sorted({2 * round(most * (s + 1) / _SPLITS / 2) for s in range(_SPLITS)} - {0})
         candidates = [with_reused_keys(layer, first(pairs, count // 2), C, moments.read, metric) for count in counts]
         rows = slice(0, _PROBED_ROWS)
-        errors = [activations.misses(self.config, new, stream[rows], output[rows]) for new in candidates]
+        errors = [activations.misses(activations.output_of(self.config, new, stream[rows]), output[rows])
+                  for new in candidates]
         return candidates[int(np.argmin(errors))]
 
-    def _refit(self, new: Layer, streams: Streams) -> tuple[float, float]:
-        """`O` of the ridge regression towards the one there is; moves the converted stream past attention."""
-        original, converted = streams["original"], streams["converted"]
+    def _refit(
+        self, reduced: Reduced, original: np.ndarray, converted: np.ndarray
+    ) -> tuple[Reduced, float, float]:
+        """With `O` of the ridge regression towards the one there is, each token in the measure of its own stream.
+
+        Moves the converted stream past attention.
+
+        Returns:
+          the layer, and the mean square in that measure of what the stream misses, before and after.
+        """
         D = original.shape[-1]
-        features, O = activations.features(self.config, new, converted), new["O"].reshape(-1, D)
-        missing = (original - converted).reshape(-1, D) - features @ O.astype(np.float32)
-        gram = (features.T @ features).astype(np.float64)
-        gram += self.ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
-        step = np.linalg.solve(gram, (features.T @ missing).astype(np.float64))
+        features = activations.features(self.config, reduced, converted)
+        missing = (original - converted).reshape(-1, D) - features @ reduced.O.reshape(-1, D).astype(np.float32)
+        weights = _size(original).reshape(-1, 1) ** -0.5
+        weighted, wanted = features * weights, missing * weights
+        gram = (weighted.T @ weighted).astype(np.float64)
+        gram[np.diag_indices(len(gram))] += self.ridge * np.trace(gram) / len(gram)
+        step = scipy.linalg.solve(gram, (weighted.T @ wanted).astype(np.float64), assume_a="pos", overwrite_a=True)
         left = missing - features @ step.astype(np.float32)
         converted[:] = original - left.reshape(original.shape)
-        new["O"] = (O + step).reshape(new["O"].shape)
-        before, after = (float(np.mean(np.square(x, dtype=np.float64))) for x in (missing, left))
-        return before, after
+        before, after = (float(np.mean(np.square(x * weights), dtype=np.float64)) for x in (missing, left))
+        return dataclasses.replace(reduced, O=reduced.O + step.reshape(reduced.O.shape)), before, after
+
+
+def _size(stream: np.ndarray) -> np.ndarray:
+    """Mean square of each token, `[B, T, 1]`: by its root the next norm divides what a token misses."""
+    return np.mean(np.square(stream), axis=-1, keepdims=True)

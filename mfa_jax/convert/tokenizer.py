@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from mfa_jax.config import require
 from mfa_jax.convert import gguf_file
 from mfa_jax.data import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from mfa_jax.data.tokenizer_files import SAVED
 
 _END, _BEGIN = "<|endoftext|>", "<|startoftext|>"
 
@@ -30,6 +31,11 @@ def pretrained_tokenizer(path: str | Path, name: str | None = None) -> Tokenizer
     if path.suffix == ".gguf":
         require(name is None, "tokenizer", name, "must be left out: a .gguf file holds its tokenizer")
         return gguf_file.read_tokenizer(path)
+    require(path.is_dir(), "checkpoint", str(path), "no such folder or .gguf file")
+    held = sorted(file.name for file in path.iterdir())
+    require(name is not None or SAVED in held or HuggingFaceTokenizer.FILE in held, "tokenizer", None,
+            f"{path} holds no {HuggingFaceTokenizer.FILE}; name the tokenizer among its files (--tokenizer): "
+            f"{', '.join(held) or 'none'}")
     return load_tokenizer(path if name is None else path / name)
 
 
