@@ -17,8 +17,8 @@ from collections.abc import Iterator
 import jax
 
 from experiments import cli
-from experiments.opening import CacheDType, DecodeKernel, Opened, decode_kernel, open_model
-from mfa_jax.config import DType, require
+from experiments.opening import DecodingConfig, Opened, decode_kernel
+from mfa_jax.config import require
 from mfa_jax.data import StreamDecoder
 from mfa_jax.data.chat import Message, chat_template, encode_rendered, render
 from mfa_jax.generate import Conversation, SamplingConfig
@@ -26,13 +26,9 @@ from mfa_jax.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(DecodingConfig):
     """Which model is talked to, and how its answers are made."""
 
-    workdir: str | None = None
-    """Folder of a run."""
-    hf: str | None = None
-    """Or a checkpoint: a Hugging Face folder or a .gguf file."""
     system: str | None = None
     """What the system says first; none for what the template says."""
     max_new_tokens: int = 512
@@ -51,18 +47,6 @@ class ChatConfig:
     """Above 1, tokens that were seen before are less probable."""
     seed: int = 0
     """The same seed and messages give the same answers."""
-    dtype: DType | None = None
-    """What the model computes in; none for what a run says, and float32 for a checkpoint."""
-    cache_dtype: CacheDType | None = None
-    """Type of the cached arrays, those of 8 bits with a scale a token; none for the model's."""
-    implementation: DecodeKernel | None = None
-    """Decode kernel; auto takes the device's own where it can serve, none what the model's config says."""
-    tokenizer: str | None = None
-    """Name of the tokenizer in the folder of a checkpoint; none for what it holds."""
-    step: int | None = None
-    """Checkpoint of a run; none for the newest intact one."""
-    ema: bool = False
-    """Read the moving average of a run's weights."""
 
     def __post_init__(self) -> None:
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "must be at least 1")
@@ -108,8 +92,7 @@ class Chat:
 
 
 def main(config: ChatConfig) -> None:
-    opened = open_model(config.workdir, config.hf, tokenizer=config.tokenizer, dtype=config.dtype, step=config.step,
-                        ema=config.ema)
+    opened = config.open()
     model, kernel = decode_kernel(opened.model.config, config.implementation, config.capacity, config.cache_dtype)
     opened = dataclasses.replace(opened, model=Transformer(model))
     chat = Chat(config, opened)

@@ -3,10 +3,15 @@
     python -m experiments.evaluate --workdir runs/tiny --tasks local_hellaswag,local_piqa --local-data DIR
     python -m experiments.evaluate --hf DIR --tasks local_mmlu --local-data DIR --limit 100 --output mmlu.json
     python -m experiments.evaluate --hf DIR --tasks hellaswag,winogrande        # lm-eval's own, from the network
+    python -m experiments.evaluate --hf DIR --tasks niah_single_1,ruler_vt --max-length 4096    # RULER, see below
 
 Tasks whose names begin with `local_` (`mfa_jax/evaluate/tasks`) read files in the folder of `--local-data`, and no
 network. Log-likelihoods are computed in batches by length, texts are written through the cache and its decode kernel.
 Needs the extra: pip install "mfa_jax[evaluate]".
+
+Of RULER (Hsieh et al., arXiv 2404.06654), as lm-eval has it, `niah_single_1`, `niah_multikey_2`, `niah_multikey_3`,
+`ruler_vt`, `ruler_cwe` and `ruler_fwe` are made on the spot, with the model's own tokenizer; the other needles lie in
+essays that are fetched, `ruler_qa_squad` and `ruler_qa_hotpot` in articles. All need the extra `mfa_jax[ruler]`.
 """
 
 from __future__ import annotations
@@ -19,34 +24,38 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from experiments import cli
-from experiments.opening import CacheDType, DecodeKernel, Opened, decode_kernel, open_model
+from experiments.opening import DecodingConfig, Opened, decode_kernel
 from mfa_jax import axes
-from mfa_jax.config import DType, MeshConfig, require
+from mfa_jax.config import MeshConfig, require
+from mfa_jax.convert.tokenizer import save_tokenizer
+from mfa_jax.data.sentencepiece import SentencePieceTokenizer
 from mfa_jax.evaluate import TASKS
 from mfa_jax.model.transformer import Transformer
 
 ONE_DEVICE = MeshConfig(data=1)
+RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+"""Those that RULER's tasks have a metric of."""
+RULER_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+"""What fills RULER's contexts."""
 BOOTSTRAP = 1000
 """Resamples that standard errors are estimated from; in this process, since JAX does not survive a fork."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DecodingConfig):
     """What is evaluated, and on which tasks."""
 
     tasks: str
     """Names of lm-eval's tasks and groups and of ours, separated by commas."""
-    workdir: str | None = None
-    """Folder of a run."""
-    hf: str | None = None
-    """Or a checkpoint: a Hugging Face folder or a .gguf file."""
     local_data: str | None = None
     """Folder of the files of the local_ tasks, at any depth."""
     limit: int | None = None
@@ -63,26 +72,18 @@ class EvaluateConfig:
     """Tokens of an answer, where a task does not say."""
     batch_tokens: int = 4096
     """Tokens of a batch, padding counted in."""
+    max_seq_lengths: tuple[int, ...] = ()
+    """Lengths of the contexts that RULER's tasks make, in tokens, the answer included; none for 4096."""
     add_bos_token: bool = False
     """Begin every context with the begin token, which some models were trained to see."""
     output: str | None = None
     """File that the results are written to, as JSON; must not exist yet."""
     log_samples: bool = False
     """Write every item with what the model said of it there, too."""
+    confirm_run_unsafe_code: bool = False
+    """Run code that the model writes, where a task is judged by it; in processes of their own, but in no sandbox."""
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: ONE_DEVICE)
     """How batches and parameters lie on the devices."""
-    dtype: DType | None = None
-    """What the model computes in; none for what a run says, and float32 for a checkpoint."""
-    cache_dtype: CacheDType | None = None
-    """Type of the cached arrays in generation; none for the model's."""
-    implementation: DecodeKernel | None = None
-    """Decode kernel; auto takes the device's own where it can serve, none what the model's config says."""
-    tokenizer: str | None = None
-    """Name of the tokenizer in the folder of a checkpoint; none for what it holds."""
-    step: int | None = None
-    """Checkpoint of a run; none for the newest intact one."""
-    ema: bool = False
-    """Read the moving average of a run's weights."""
     seed: int = 0
     """Of tasks that sample."""
 
@@ -94,6 +95,12 @@ class EvaluateConfig:
         require(self.batch_tokens >= 1, "batch_tokens", self.batch_tokens, "must be at least 1")
         require(self.system_instruction is None or self.apply_chat_template, "system_instruction",
                 self.system_instruction, "needs --apply-chat-template")
+        for length in self.max_seq_lengths:
+            require(length in RULER_LENGTHS, "max_seq_lengths", length,
+                    f"must be among {', '.join(map(str, RULER_LENGTHS))}")
+        longest = max(self.max_seq_lengths or RULER_LENGTHS[:1])
+        require(not any(map(_is_ruler, self.task_names)) or self.max_length >= longest, "max_length", self.max_length,
+                f"must be at least {longest}, or RULER's contexts lose their beginning")
         require_new(self.output)
         require(not self.log_samples or self.output is not None, "log_samples", True, "needs --output")
         require(self.local_data is not None or not any(map(_is_local, self.task_names)), "local_data", None,
@@ -115,11 +122,41 @@ def _is_local(task: str) -> bool:
     return task.startswith("local_")
 
 
+def _is_ruler(task: str) -> bool:
+    return task.startswith(("ruler", "niah_")) or task == "longcxt"
+
+
+@contextlib.contextmanager
+def _metadata(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
+    """What tasks are told; RULER's measure their contexts with the model's tokenizer, in a folder as others read it.
+
+    Raises:
+      ValueError: RULER's packages are not installed, or a tokenizer that they can't read.
+    """
+    found: dict[str, Any] = {"local_data": config.local_data}
+    if not any(map(_is_ruler, config.task_names)):
+        yield found
+        return
+    missing = [name for name in ("nltk", "transformers", "wonderwords") if importlib.util.find_spec(name) is None]
+    require(not missing, "tasks", config.tasks, f'RULER needs {", ".join(missing)}: pip install "mfa_jax[ruler]"')
+    tokenizer = config.open_tokenizer()
+    require(not isinstance(tokenizer, SentencePieceTokenizer), "tokenizer", type(tokenizer).__name__,
+            "RULER's tasks need a tokenizer.json")
+    count = len(tokenizer.encode(RULER_NOISE))
+    # Where their shortest examples do not fit, lm-eval 0.4.13 looks for shorter ones without end.
+    require(count <= 30 or all(name.startswith("niah_") for name in config.task_names), "tokenizer",
+            type(tokenizer).__name__, f"makes {count} tokens of {RULER_NOISE!r}, more than 30, too many for ruler_")
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(Path(folder), tokenizer, config.max_length)
+        yield found | {"tokenizer": folder, "max_seq_lengths": list(config.max_seq_lengths or RULER_LENGTHS[:1])}
+
+
 def load_tasks(config: EvaluateConfig) -> tuple[Any, list[Any]]:
     """lm-eval's manager of tasks, and the tasks that were named, with their items.
 
     Raises:
-      ValueError: lm-eval is not installed, an unknown task, or files that are missing.
+      ValueError: lm-eval is not installed, an unknown task, files or packages that are missing or can't be fetched, a
+        task that runs code where that was not confirmed.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError('lm-eval is not installed; pip install "mfa_jax[evaluate]"')
@@ -129,15 +166,22 @@ def load_tasks(config: EvaluateConfig) -> tuple[Any, list[Any]]:
     # It warns of every default that a task file leaves as it is.
     logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
     ours = [path.stem for path in TASKS.glob("*.yaml")]
-    # Not the thousands of lm-eval's own files where none of them is asked for.
-    manager = TaskManager(include_path=str(TASKS), include_defaults=not all(map(_is_local, config.task_names)),
-                          metadata={"local_data": config.local_data})
-    for name in config.task_names:
-        close = difflib.get_close_matches(name, manager.all_tasks, n=3) or sorted(ours)
-        require(name in manager.all_tasks, "tasks", name, f"there is no such task; such as {', '.join(close)}")
-    loaded = manager.load(config.task_names)
+    with _metadata(config) as metadata:
+        # Not the thousands of lm-eval's own files where none of them is asked for.
+        manager = TaskManager(include_path=str(TASKS), include_defaults=not set(config.task_names) <= set(ours),
+                              metadata=metadata)
+        for name in config.task_names:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3) or sorted(ours)
+            require(name in manager.all_tasks, "tasks", name, f"there is no such task; such as {', '.join(close)}")
+        try:
+            loaded = manager.load(config.task_names)
+        except (OSError, ImportError) as error:  # no network, or a package that these tasks need
+            raise ValueError(f"tasks={config.tasks!r}: cannot be loaded ({error})") from error
     inside = {child for children in loaded["group_map"].values() for child in children}
     named = {**loaded["groups"], **loaded["tasks"]}
+    unsafe = sorted(name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False))
+    require(not unsafe or config.confirm_run_unsafe_code, "tasks", unsafe,
+            "run code that the model writes; --confirm-run-unsafe-code says that you want it")
     return manager, [task for name, task in named.items() if name not in inside]
 
 
@@ -158,7 +202,7 @@ def evaluate(
     found = lm_eval.simple_evaluate(
         harness, tasks=tasks, task_manager=manager, limit=config.limit, num_fewshot=config.num_fewshot,
         apply_chat_template=config.apply_chat_template, system_instruction=config.system_instruction,
-        log_samples=log_samples, bootstrap_iters=BOOTSTRAP)
+        log_samples=log_samples, bootstrap_iters=BOOTSTRAP, confirm_run_unsafe_code=config.confirm_run_unsafe_code)
     found["mfa_jax"] = {
         "model": opened.name, "attention": model.attention.variant, "dtype": model.dtype, "decode_attention": kernel,
         "platform": jax.devices()[0].platform, "mesh": dict(jax.sharding.get_mesh().shape),
@@ -170,8 +214,7 @@ def main(config: EvaluateConfig) -> None:
     # Tasks first: what is missing is told before a large model is read.
     manager, tasks = load_tasks(config)
     mesh = axes.make_mesh(dataclasses.astuple(config.mesh), jax.devices()[:1] if config.mesh == ONE_DEVICE else None)
-    opened = open_model(config.workdir, config.hf, tokenizer=config.tokenizer, dtype=config.dtype, step=config.step,
-                        ema=config.ema, mesh=mesh)
+    opened = config.open(mesh)
     with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
         found = evaluate(config, opened, manager, tasks, config.log_samples)
     write(found, config.output)

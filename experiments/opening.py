@@ -1,8 +1,9 @@
-"""A model to run, from the folder of a run or from a checkpoint: what several scripts open."""
+"""A model to run, from the folder of a run or from a checkpoint: what several scripts open, and their flags for it."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 from jax.sharding import Mesh
@@ -10,10 +11,10 @@ from jax.sharding import Mesh
 from mfa_jax.attention import decode_call
 from mfa_jax.config import DType, ModelConfig, require
 from mfa_jax.convert import load_pretrained, pretrained_tokenizer
-from mfa_jax.data import Tokenizer
+from mfa_jax.data import Tokenizer, load_tokenizer
 from mfa_jax.kernels import default_device, resolve
 from mfa_jax.model.transformer import Transformer
-from mfa_jax.train.run import load_trained
+from mfa_jax.train.run import TOKENIZER, load_trained
 
 CacheDType = Literal["float32", "bfloat16", "int8", "float8_e4m3fn"]
 DecodeKernel = Literal["auto", "reference", "xla", "mosaic_tpu", "mosaic_tpu_interpret", "mosaic_gpu",
@@ -29,6 +30,46 @@ class Opened:
     model: Transformer
     params: Any
     tokenizer: Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenConfig:
+    """Which model is opened."""
+
+    workdir: str | None = None
+    """Folder of a run."""
+    hf: str | None = None
+    """Or a checkpoint: a Hugging Face folder or a .gguf file."""
+    dtype: DType | None = None
+    """What the model computes in; none for what a run says, and float32 for a checkpoint."""
+    tokenizer: str | None = None
+    """Name of the tokenizer in the folder of a checkpoint; none for what it holds."""
+    step: int | None = None
+    """Checkpoint of a run; none for the newest intact one."""
+    ema: bool = False
+    """Read the moving average of a run's weights."""
+
+    def open(self, mesh: Mesh | None = None) -> Opened:
+        """See `open_model`."""
+        return open_model(self.workdir, self.hf, tokenizer=self.tokenizer, dtype=self.dtype, step=self.step,
+                          ema=self.ema, mesh=mesh)
+
+    def open_tokenizer(self) -> Tokenizer:
+        """The tokenizer alone, which is read in no time. Raises: ValueError: there is none."""
+        if self.hf is not None:
+            return pretrained_tokenizer(self.hf, self.tokenizer)
+        require(self.workdir is not None, "workdir", None, "give the folder of a run, or a checkpoint (--hf)")
+        return load_tokenizer(Path(str(self.workdir)) / TOKENIZER)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingConfig(OpenConfig):
+    """Which model is opened, and how it decodes."""
+
+    cache_dtype: CacheDType | None = None
+    """Type of the cached arrays, those of 8 bits with a scale a token; none for the model's."""
+    implementation: DecodeKernel | None = None
+    """Decode kernel; auto takes the device's own where it can serve, none what the model's config says."""
 
 
 def open_model(

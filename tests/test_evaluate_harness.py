@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import bz2
 import dataclasses
+import gzip
+import importlib.util
 import json
 import lzma
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -158,7 +161,7 @@ def test_a_tokenizer_without_a_template_cannot_chat() -> None:
 
 def test_every_task_file_has_a_task_of_its_name() -> None:
     names = [path.stem for path in TASKS.glob("*.yaml")]
-    assert len(names) == 11
+    assert len(names) == 13
     for path in TASKS.glob("*.yaml"):
         assert f"task: {path.stem}\n" in path.read_text()
 
@@ -186,6 +189,75 @@ def test_prompts(files: Path) -> None:
     assert [page.split("\n")[0] for page in pages] == [" = One = ", " = Two = "] and " = = Part" in pages[0]
 
 
+CONTEXT = '''
+import numpy as np
+
+exec_context = """
+import numpy as np
+a = test_input
+[insert]
+"""
+
+def test_execution(code):
+    for test_input in (np.arange(3), np.ones(2)):
+        env = {"test_input": test_input}
+        exec(exec_context.replace("[insert]", code), env)
+        assert env["result"] == test_input.sum()
+'''
+NO_LOOPS = """
+def test_string(code):
+    assert "for" not in code
+"""
+
+
+def ds1000_row(context: str = CONTEXT, library: str = "Numpy") -> dict[str, Any]:
+    prompt = "Sum a.\n<code>\nimport numpy as np\n</code>\nresult = ... # put it here\nBEGIN SOLUTION\n<code>\n"
+    return {"prompt": prompt, "reference_code": "result = a.sum()", "code_context": context,
+            "metadata": {"library": library, "problem_id": 0}}
+
+
+def write_ds1000(folder: Path, *problems: dict[str, Any]) -> None:
+    with gzip.open(folder / "ds1000.jsonl.gz", "wt") as file:
+        file.write("".join(f"{json.dumps(row)}\n" for row in problems))
+
+
+def test_code_is_run_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    write_ds1000(tmp_path, ds1000_row(), ds1000_row(CONTEXT + NO_LOOPS))
+    given: dict[str, Any] = {"tasks": "local_ds1000", "workdir": "unused", "local_data": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"tasks=\['local_ds1000'\]: run code that .* --confirm-run-unsafe-code"):
+        load_tasks(EvaluateConfig(**given))
+    _, (task,) = load_tasks(EvaluateConfig(**given, confirm_run_unsafe_code=True))
+    plain, strict = task.eval_docs
+    assert task.doc_to_text(plain) == plain["prompt"]
+    loop = "result = 0\nfor x in a:\n    result += x\n"
+    for answer, expected in (
+        (plain["reference_code"], (1, 1)), (f"{plain['reference_code']}\n</code>\nEND SOLUTION", (1, 1)),
+        ("```python\nresult = np.sum(a)\n```\nIt sums.", (1, 1)), (loop, (1, 0)), ("result = 3", (0, 0)),
+        ("result =", (0, 0)), ("", (0, 0)), ("import sys; sys.exit(0)", (0, 0)),
+    ):
+        assert tuple(task.process_results(doc, [answer])["pass@1"] for doc in (plain, strict)) == expected, answer
+
+
+def test_code_that_does_not_end_is_ended(tmp_path: Path) -> None:
+    """With what it started, and without what it wrote."""
+    from mfa_jax.evaluate.tasks import ds1000
+
+    mark = tmp_path / "mark"
+    code = (f"import subprocess, time\nopen('here', 'w')\nsubprocess.Popen(['sh', '-c', 'sleep 3; touch {mark}'])\n"
+            f"time.sleep(60)")
+    start = time.monotonic()
+    assert not ds1000.passes("def test_execution(code):\n    exec(code)", code, seconds=1)
+    assert time.monotonic() - start < 30 and not Path("here").exists()
+    time.sleep(3.5)
+    assert not mark.exists()
+
+
+def test_a_library_that_is_missing_is_named(tmp_path: Path) -> None:
+    write_ds1000(tmp_path, ds1000_row(), ds1000_row(library="NoSuchLibrary"))
+    with pytest.raises(ValueError, match=r"library=\['NoSuchLibrary'\]: must be installed"):
+        load_tasks(EvaluateConfig(tasks="local_ds1000", local_data=str(tmp_path), confirm_run_unsafe_code=True))
+
+
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("hellaswag_val.jsonl.xz", None, "holds no hellaswag_val.jsonl.xz"),
     ("hellaswag_val.jsonl.xz", '{"query": "a", "choices": []}\n', "hellaswag_val.jsonl.xz:1.*lacks gold"),
@@ -210,6 +282,9 @@ def test_files_that_cannot_be_read(files: Path, name: str, content: str | None, 
     ({"output": "/nowhere/found.json"}, "output='/nowhere/found.json': must lie in a folder that exists"),
     ({"log_samples": True}, "log_samples=True: needs --output"),
     ({"system_instruction": "x"}, "system_instruction='x': needs --apply-chat-template"),
+    ({"max_seq_lengths": (5000,)}, "max_seq_lengths=5000: must be among 4096, 8192, "),
+    ({"tasks": "ruler_vt"}, "max_length=2048: must be at least 4096, or RULER's contexts lose their beginning"),
+    ({"tasks": "niah_single_1", "max_seq_lengths": (4096, 8192), "max_length": 4096}, "must be at least 8192"),
 ])
 def test_bad_flags_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -219,6 +294,44 @@ def test_bad_flags_are_named(changes: dict[str, Any], message: str) -> None:
 def test_an_unknown_task_is_named_with_its_neighbours(files: Path) -> None:
     with pytest.raises(ValueError, match="tasks='local_helaswag': there is no such task; such as local_hellaswag"):
         tasks_of("local_helaswag", files)
+
+
+def test_packages_of_ruler_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wonderwords" else find(name))
+    with pytest.raises(ValueError, match=r'RULER needs .*wonderwords: pip install "mfa_jax\[ruler\]"'):
+        load_tasks(EvaluateConfig(tasks="ruler_vt", workdir="x", max_length=4096))
+
+
+def test_ruler_refuses_what_it_would_not_end_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
+    save_run(tmp_path / "run", C.config, C.params, TOKENIZER)
+    with pytest.raises(ValueError, match="tokenizer='ByteTokenizer': makes 89 tokens of 'The grass"):
+        load_tasks(EvaluateConfig(tasks="niah_single_1,ruler_vt", workdir=str(tmp_path / "run"), max_length=4096))
+
+
+@pytest.mark.slow
+def test_ruler_measures_its_contexts_with_the_models_tokenizer(tmp_path: Path) -> None:
+    for name in ("nltk", "transformers", "wonderwords"):
+        pytest.importorskip(name, reason="RULER's tasks need it: pip install 'mfa_jax[ruler]'")
+    save_run(tmp_path / "run", C.config, C.params, TOKENIZER)
+    config = EvaluateConfig(tasks="niah_single_1", workdir=str(tmp_path / "run"), max_length=4096)
+    _, (task,) = load_tasks(config)
+    doc = next(iter(task.eval_docs))
+    assert doc["length"] == len(TOKENIZER.encode(doc["input"])) + 128 <= 4096 and doc["outputs"][0] in doc["input"]
+    assert task.process_results(doc, [f"It is {doc['outputs'][0]}."])["4096"] == 1
+
+
+@pytest.mark.slow
+def test_what_must_be_fetched_is_refused_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*args: Any, **options: Any) -> None:
+        raise ConnectionError("Couldn't reach 'emozilla/pg19-test' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match="tasks='pg19': cannot be loaded .*emozilla/pg19-test"):
+        load_tasks(EvaluateConfig(tasks="pg19", workdir="x"))
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from experiments import cli
 from experiments.studies import __main__ as script
 from experiments.studies import corpus, key_reuse_start, long_context, positions, records, report, runner, scaling
 from experiments.studies.catalog import STUDIES
-from experiments.studies.long_context import tasks
+from experiments.studies.long_context import measurements, tasks
 from experiments.studies.records import Record
 from experiments.studies.study import SCALES, Run, Scale, identity, make_run, results_of, tuned
 from mfa_jax import capacity
@@ -198,8 +198,8 @@ def test_who_only_counts_bytes_holds_nothing_of_the_pairs(count):
         return float(np.mean(found))
 
     told, fresh, again = map(bits, tasks.pairs(64, count, long_context.SEED))
-    assert long_context.held_bits(count, told, again) > 5  # what adapts to the format gains much
-    assert abs(long_context.held_bits(count, fresh, again)) < 0.5
+    assert measurements.held_bits(count, told, again) > 5  # what adapts to the format gains much
+    assert abs(measurements.held_bits(count, fresh, again)) < 0.5
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------

@@ -31,14 +31,18 @@ class Corpus:
     """Bytes of training, validation and test text, and a digest of all their tokens: the same for the same text."""
 
 
+def data_folder() -> Path:
+    """The folder of external data: MFA_JAX_DATA, or `shared/data` beside this repository."""
+    return Path(os.environ.get(VARIABLE, Path(__file__).parents[3] / "shared" / "data")).resolve()
+
+
 def find(name: str) -> Path:
     """The file of a text in the folder `text` of the data folder.
 
     Raises:
       ValueError: it is not there; says where it was looked for.
     """
-    root = Path(os.environ.get(VARIABLE, Path(__file__).parents[3] / "shared" / "data")).resolve()
-    tried = [root / "text" / f"{name}{ending}" for ending in _ENDINGS]
+    tried = [data_folder() / "text" / f"{name}{ending}" for ending in _ENDINGS]
     found = next((path for path in tried if path.is_file()), None)
     if found is None:
         given = f"{VARIABLE}={os.environ[VARIABLE]!r}" if VARIABLE in os.environ else f"{VARIABLE} is not set"

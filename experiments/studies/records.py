@@ -1,4 +1,4 @@
-"""`metrics.jsonl` of a study: one line for each finished run, appended by any number of processes."""
+"""`metrics.jsonl`: a line for each finished run of a study or row of a table, appended by any number of processes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+R = TypeVar("R", bound="DataclassInstance")
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
@@ -42,13 +46,18 @@ class Record:
 
 def read(folder: Path) -> list[Record]:
     """The records of a study, oldest first; lines that are not whole are left out, with a warning that counts them."""
+    return read_as(Record, folder)
+
+
+def read_as(kind: type[R], folder: Path) -> list[R]:
+    """The records of a folder as dataclasses of another kind, likewise."""
     path = folder / METRICS
     if not path.exists():
         return []
     records, damaged = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(Record(**json.loads(line)))
+            records.append(kind(**json.loads(line)))
         except (ValueError, TypeError):
             damaged += bool(line.strip())
     if damaged:
@@ -56,7 +65,7 @@ def read(folder: Path) -> list[Record]:
     return records
 
 
-def append(folder: Path, record: Record) -> None:
+def append(folder: Path, record: DataclassInstance) -> None:
     """Adds one line. Raises: OSError: the disk is full, or the folder cannot be written to."""
     folder.mkdir(parents=True, exist_ok=True)
     line = json.dumps(dataclasses.asdict(record), allow_nan=False) + "\n"

@@ -41,6 +41,15 @@ def write(study: Study, folder: Path, page: Path) -> Path:
             f"holds no finished run; `python -m experiments.studies {study.name} run --scale tiny` makes some")
     sections = [_section(study, scale, [r for r in found if r.scale == scale.name], folder)
                 for scale in SCALES.values() if any(r.scale == scale.name for r in found)]
+    return rewrite(folder, page, sections)
+
+
+def rewrite(folder: Path, page: Path, sections: Sequence[str]) -> Path:
+    """Puts the sections between the marks of the README in `folder`, or of a copy of that in `page`.
+
+    Raises:
+      ValueError: it does not have each mark once.
+    """
     readme = folder / README
     text = (readme if readme.exists() else page / README).read_text()
     require(text.count(BEGIN) == text.count(END) == 1, "README", str(readme), f"must hold {BEGIN!r} and {END!r} once")

@@ -127,7 +127,7 @@ def execute(study: Study, scale: Scale, text: corpus.Corpus, run: Run, folder: P
         if study.measure is not None:
             metrics |= study.measure(scale, trained, text.test)
     return Record(scale.name, run.name, run.labels, identity(run.config), outcome, note, metrics, _curve(folder),
-                  _machine(time.perf_counter() - began), text.text)
+                  machine(time.perf_counter() - began), text.text)
 
 
 def _curve(folder: Path) -> dict[str, list[Any]]:
@@ -141,7 +141,8 @@ def _short(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def _machine(seconds: float) -> dict[str, Any]:
+def machine(seconds: float) -> dict[str, Any]:
+    """What a record says of where and when it was made."""
     return {"device": jax.local_devices()[0].device_kind, "host": platform.machine(), "jax": jax.__version__,
             "commit": _commit(), "date": datetime.date.today().isoformat(), "seconds": round(seconds, 1)}
 

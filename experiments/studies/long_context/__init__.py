@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from experiments.studies import report
 from experiments.studies.long_context import tasks
-from experiments.studies.measure import cache_bytes_per_token
+from experiments.studies.long_context.measurements import RECALL, Judge, by_position, needles, recall
 from experiments.studies.records import Record
 from experiments.studies.study import Results, Run, Scale, Study, tuned
 from mfa_jax.data import Prepared
@@ -32,8 +30,6 @@ PARTS = (0.5, 0.75, 1.0)
 """Lengths of the haystack over the trained length."""
 PAIRS = (2, 4, 8, 16, 32)
 """Pairs to be recalled; those that do not fit into the trained length are left out."""
-RECALL = ("told_bits", "fresh_bits", "again_bits", "held_bits", "held_bits_per_cached_byte")
-"""Metrics of recall, a number for each of `PAIRS` that fits."""
 ROWS, SEED = 64, 7
 
 
@@ -44,51 +40,14 @@ def plan(scale: Scale, results: Results) -> list[Run]:
     return tuned(scale, {name: model_preset(f"{scale.preset}-{name}") for name in VARIANTS}, results)
 
 
-def judge(trained: Trained) -> Callable[[tasks.Task], np.ndarray]:
-    """A function from a task to the bits of each of its targets, `[B, T]`, nan where it is not asked for."""
-    @jax.jit
-    def losses(params: Any, tokens: jax.Array) -> jax.Array:
-        logits = trained.model.apply({"params": params}, tokens[:, :-1])[0]
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0] / math.log(2)
-
-    rows = trained.config.data.batch_size
-
-    def bits(task: tasks.Task) -> np.ndarray:
-        parts = [np.asarray(losses(trained.params, task.tokens[i:i + rows])) for i in range(0, len(task.tokens), rows)]
-        return np.where(task.asked, np.concatenate(parts), np.nan)
-
-    return bits
-
-
 def measure(scale: Scale, trained: Trained, test: Prepared) -> dict[str, Any]:
     """Bits by position, of the needle by depth and length, and of recalled values by the number of pairs."""
-    length, books = trained.config.data.sequence_length, tasks.long_documents(test)
-    bits = judge(trained)
-    by_position = bits(tasks.windows(books, ROWS, length))
-    edges = [0, *(2**k for k in range(4, int(math.log2(length)) + 1))]
-
-    def needle(span: int, depth: float) -> float:
-        return float(np.nanmean(bits(tasks.needle(books, ROWS, span, depth, SEED))))
-
-    found: dict[str, Any] = {
-        "position_edges": edges,
-        "position_bits": [float(by_position[:, a:b].mean()) for a, b in zip(edges, edges[1:], strict=False)],
-        "needle_bits": [[needle(round(part * length), depth) for depth in DEPTHS] for part in PARTS],
-    }
-    cached = cache_bytes_per_token(trained.config.model)
-    recall: dict[str, list[float]] = {name: [] for name in RECALL}
-    for count in (count for count in PAIRS if 12 * count <= length):
-        told, fresh, again = (float(np.nanmean(bits(task))) for task in tasks.pairs(ROWS, count, SEED))
-        held = held_bits(count, fresh, again)
-        # The pairs take six tokens each of the cache before they are asked for.
-        for name, value in zip(RECALL, (told, fresh, again, held, held / (6 * count * cached)), strict=True):
-            recall[name].append(value)
-    return found | recall
-
-
-def held_bits(count: int, fresh: float, again: float) -> float:
-    """`2 count (fresh - again)`: two value bytes a pair, and what each costs less than one that was not told."""
-    return 2 * count * (fresh - again)
+    data, books = trained.config.data, tasks.long_documents(test)
+    model = Judge(trained.model, trained.params, trained.tokenizer, data.batch_size)
+    lengths = [round(part * data.sequence_length) for part in PARTS]
+    return (by_position(model, books, ROWS, data.sequence_length)
+            | needles(model, books, ROWS, lengths, DEPTHS, SEED)
+            | recall(model, ROWS, PAIRS, data.sequence_length, SEED))
 
 
 def section(found: Sequence[Record], folder: Path) -> str:
@@ -100,13 +59,13 @@ def section(found: Sequence[Record], folder: Path) -> str:
     edges = next(iter(chosen.values()))[0].metrics["position_edges"]
     header = ["bits per byte at positions", *(f"{a} to {b - 1}" for a, b in zip(edges, edges[1:], strict=False))]
     positions = report.table(header, [[name, *cells(runs, "position_bits")] for name, runs in chosen.items()])
-    needles = report.table(
+    found_needles = report.table(
         ["bits a digit of the needle (chance 3.32)", *(f"depth {depth:g}" for depth in DEPTHS)],
         [[f"{name}, {part:g} of the length", *(f"{x:.2f}" for x in mean(runs, "needle_bits")[i])]
          for name, runs in chosen.items() for i, part in enumerate(PARTS)])
     count = len(next(iter(chosen.values()))[0].metrics["told_bits"])
     counts = [f"{pairs} pairs" for pairs in PAIRS[:count]]
-    recall = report.table(
+    recalled = report.table(
         ["bits a value byte: told, others after them, told again", *counts],
         [[name, *(", ".join(f"{x:.2f}" for x in three) for three in np.transpose([mean(runs, m) for m in RECALL[:3]]))]
          for name, runs in chosen.items()])
@@ -116,7 +75,7 @@ def section(found: Sequence[Record], folder: Path) -> str:
          for name, runs in chosen.items()
          for unit, metric, digits in (("bits", RECALL[3], 2), ("bits per cached byte", RECALL[4], 5))])
     picture = _picture(chosen, folder, found[0].scale)
-    return "\n\n".join([positions, needles, recall, held, report.rates_table(found), picture])
+    return "\n\n".join([positions, found_needles, recalled, held, report.rates_table(found), picture])
 
 
 def mean(runs: Sequence[Record], metric: str) -> np.ndarray:

@@ -1,17 +1,23 @@
-"""What a model is asked in long windows, made from a seed: rows of bytes, and which of them count."""
+"""What a model is asked in long windows, made from a seed: rows of tokens, and which of them count.
+
+With the byte tokenizer a token is a byte. With others a row is a little longer or shorter than the next where pairs are
+told, and what counts is reported for each byte that was asked for, so that tokenizers can be compared.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from mfa_jax.config import require
-from mfa_jax.data import Prepared
+from mfa_jax.data import ByteTokenizer, Prepared, Tokenizer, documents
 
 LONG_DOCUMENT = 256 * 1000
 """Bytes of a document that counts as long."""
+BYTES = ByteTokenizer()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +27,10 @@ class Task:
     tokens: Int[np.ndarray, "B S"]
     asked: Bool[np.ndarray, "B T"]
     """Targets that count."""
+    asked_bytes: int
+    """Bytes that these stand for, in all rows."""
+    lengths: Int[np.ndarray, " B"]
+    """Tokens of each row; what is behind them pads it."""
 
 
 def long_documents(test: Prepared) -> list[np.ndarray]:
@@ -35,18 +45,43 @@ def long_documents(test: Prepared) -> list[np.ndarray]:
     return found
 
 
-def windows(documents: list[np.ndarray], rows: int, length: int) -> Task:
+def read_long_documents(source: str, tokenizer: Tokenizer, most: int) -> list[np.ndarray]:
+    """Tokens of the first documents of a source (a file, a folder, `hf:NAME`) that have 256 KB, `most` at most.
+
+    Raises:
+      ValueError: no such source, or none has.
+    """
+    found: list[np.ndarray] = []
+    for document in documents(source):
+        if len(document.text.encode()) >= LONG_DOCUMENT:
+            found.append(tokenizer.encode(document.text))
+            if len(found) == most:
+                break
+    require(bool(found), "text", source, f"no document has {LONG_DOCUMENT} bytes")
+    return found
+
+
+def text_bytes(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+    """Bytes of UTF-8 that some tokens stand for; a character that is cut off counts as U+FFFD, but for byte tokens."""
+    return len(ids) if isinstance(tokenizer, ByteTokenizer) else len(tokenizer.decode(ids).encode())
+
+
+def windows(source: list[np.ndarray], rows: int, length: int, tokenizer: Tokenizer = BYTES) -> Task:
     """`rows` windows, the documents in turn, spread over each; everything is asked."""
-    per_document = -(-rows // len(documents))
+    per_document = -(-rows // len(source))
     found = []
     for row in range(rows):
-        document, part = documents[row % len(documents)], row // len(documents)
+        document, part = source[row % len(source)], row // len(source)
+        require(len(document) > length, "length", length, f"a document has {len(document)} tokens")
         start = part * (len(document) - length - 1) // per_document
         found.append(document[start:start + length + 1])
-    return Task(np.stack(found).astype(np.int32), np.ones((rows, length), bool))
+    asked_bytes = sum(text_bytes(tokenizer, row[1:].tolist()) for row in found)
+    return Task(np.stack(found).astype(np.int32), np.ones((rows, length), bool), asked_bytes,
+                np.full(rows, length + 1))
 
 
-def needle(documents: list[np.ndarray], rows: int, length: int, depth: float, seed: int) -> Task:
+def needle(source: list[np.ndarray], rows: int, length: int, depth: float, seed: int,
+           tokenizer: Tokenizer = BYTES) -> Task:
     """Books with `The secret number of NAME is 12345.` at `depth` (0 begin, 1 end), asked for at the end.
 
     The five digits after the question count.
@@ -55,29 +90,35 @@ def needle(documents: list[np.ndarray], rows: int, length: int, depth: float, se
       ValueError: a length that needle and question do not fit into.
     """
     r = np.random.default_rng(seed)
-    hay = windows(documents, rows, length).tokens
+    hay = windows(source, rows, length, tokenizer).tokens
     asked = np.zeros((rows, length), bool)
     for row in range(rows):
         name = "".join(r.choice(list("BCDFGKLMNPRST"), 1)) + "".join(r.choice(list("aeioulnrst"), 5))
         number = "".join(r.choice(list("0123456789"), 5))
-        fact = np.frombuffer(f" The secret number of {name} is {number}. ".encode(), np.uint8)
-        question = np.frombuffer(f" The secret number of {name} is {number}".encode(), np.uint8)
+        fact = tokenizer.encode(f" The secret number of {name} is {number}. ")
+        question = tokenizer.encode(f" The secret number of {name} is {number}")
         room = length + 1 - len(question) - len(fact)
-        require(room >= 0, "length", length, f"the needle and its question take {len(question) + len(fact)} bytes")
+        require(room >= 0, "length", length, f"the needle and its question take {len(question) + len(fact)} tokens")
         at = round(depth * room)
         hay[row, at:at + len(fact)] = fact
         hay[row, -len(question):] = question
-        asked[row, -5:] = True
-    return Task(hay, asked)
+        asked[row, -tokens_of_end(tokenizer, question, number):] = True
+    return Task(hay, asked, 5 * rows, np.full(rows, length + 1))
 
 
-def pairs(rows: int, count: int, seed: int) -> tuple[Task, Task, Task]:
+def tokens_of_end(tokenizer: Tokenizer, ids: np.ndarray, text: str) -> int:
+    """How many of the last tokens it takes to spell the text that they end with."""
+    return next(count for count in range(1, len(ids) + 1) if text in tokenizer.decode(ids[-count:].tolist()))
+
+
+def pairs(rows: int, count: int, seed: int, tokenizer: Tokenizer = BYTES) -> tuple[Task, Task, Task]:
     """Multi-query associative recall: `count` pairs `key=value;`, then as many again; the values count.
 
     Keys and values are two letters, keys differ within a row. The tasks are alike but for the second half and for
     which half is asked. The first asks for the values when they are first told, which nobody can know. In the second
     task other pairs follow, whose keys and values are made of the letters of those told: who has learned the format
     and which letters occur does better at these, too. In the third the pairs that were told follow in another order.
+    Key, value and what stands between are made tokens of one by one, so that a pair is the same tokens wherever it is.
 
     Raises:
       ValueError: more pairs than such keys are found for by trial.
@@ -85,8 +126,8 @@ def pairs(rows: int, count: int, seed: int) -> tuple[Task, Task, Task]:
     require(count <= 32, "count", count, "must be at most 32")
     r = np.random.default_rng(seed)
     letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
-    fresh, again = np.zeros((2, rows, 2 * count * 6 + 1), np.int32)
-    for row in range(rows):
+    fresh, again = [], []
+    for _ in range(rows):
         keys, values = r.choice(letters, (2, count, 2))
         other_keys = r.permuted(keys.reshape(-1)).reshape(count, 2)
         while len({bytes(key) for key in (*keys, *other_keys)}) < 2 * count:
@@ -94,16 +135,34 @@ def pairs(rows: int, count: int, seed: int) -> tuple[Task, Task, Task]:
             other_keys = r.permuted(keys.reshape(-1)).reshape(count, 2)
         other_values = r.permuted(values.reshape(-1)).reshape(count, 2)
         order = r.permutation(count)
-        told = _spelled(keys, values)
-        fresh[row] = [ord("\n"), *told, *_spelled(other_keys, other_values)]
-        again[row] = [ord("\n"), *told, *_spelled(keys[order], values[order])]
-    inside = np.arange(2 * count * 6)
-    is_value = np.isin(inside % 6, (3, 4))
-    first, second = (np.broadcast_to(is_value & half, (rows, 2 * count * 6))
-                     for half in (inside < count * 6, inside >= count * 6))
-    return Task(again, first), Task(fresh, second), Task(again, second)
+        told = _spelled(keys, values, tokenizer)
+        fresh.append((told, _spelled(other_keys, other_values, tokenizer)))
+        again.append((told, _spelled(keys[order], values[order], tokenizer)))
+    asked_bytes = 2 * count * rows
+    return (_recall(again, 0, asked_bytes, tokenizer), _recall(fresh, 1, asked_bytes, tokenizer),
+            _recall(again, 1, asked_bytes, tokenizer))
 
 
-def _spelled(keys: UInt8[np.ndarray, "n 2"], values: UInt8[np.ndarray, "n 2"]) -> list[int]:
-    """The bytes of `key=value;` of each pair."""
-    return [byte for key, value in zip(keys, values, strict=True) for byte in (*key, ord("="), *value, ord(";"))]
+_Spelled = list[tuple[int, bool]]
+"""Tokens, and whether each is of a value."""
+
+
+def _spelled(keys: UInt8[np.ndarray, "n 2"], values: UInt8[np.ndarray, "n 2"], tokenizer: Tokenizer) -> _Spelled:
+    """The tokens of `key=value;` of each pair."""
+    found: _Spelled = []
+    for key, value in zip(keys, values, strict=True):
+        for text, is_value in ((f"{bytes(key).decode()}=", False), (bytes(value).decode(), True), (";", False)):
+            found += [(token, is_value) for token in tokenizer.encode(text).tolist()]
+    return found
+
+
+def _recall(rows: list[tuple[_Spelled, _Spelled]], half: int, asked_bytes: int, tokenizer: Tokenizer) -> Task:
+    """Rows of two halves behind a line feed; the values of one half are asked."""
+    begin = tokenizer.encode("\n").tolist()
+    lengths = np.array([len(begin) + len(first) + len(second) for first, second in rows])
+    tokens, asked = np.zeros((len(rows), lengths.max()), np.int32), np.zeros((len(rows), lengths.max()), bool)
+    for row, halves in enumerate(rows):
+        marked = [*((token, False) for token in begin),
+                  *((token, is_value and part == half) for part in (0, 1) for token, is_value in halves[part])]
+        tokens[row, :len(marked)], asked[row, :len(marked)] = zip(*marked, strict=True)
+    return Task(tokens, asked[:, 1:], asked_bytes, lengths)
