@@ -124,12 +124,12 @@ def curve(config: CurveConfig) -> Path:
     figure = Figure(figsize=(10, 4), layout="constrained")
     divergence, loss = figure.subplots(1, 2)
     for name, found in runs.items():
-        tokens = [point["tokens"] for point in found["points"]]
+        tokens = [point["tokens"] / 1000 for point in found["points"]]
         divergence.plot(tokens, [point["kl"] for point in found["points"]], marker="o", markersize=3, label=name)
         loss.plot(tokens, [point["loss"] for point in found["points"]], marker="o", markersize=3, label=name)
     loss.axhline(next(iter(runs.values()))["points"][0]["teacher_loss"], color="black", linewidth=1)
-    divergence.set(xlabel="tokens", ylabel="KL from the original, nats a token", ylim=(0, None))
-    loss.set(xlabel="tokens", ylabel="held-out loss, nats a token", title="black: the original")
+    divergence.set(xlabel="thousand tokens", ylabel="KL from the original, nats a token", ylim=(0, None))
+    loss.set(xlabel="thousand tokens", ylabel="held-out loss, nats a token", title="black: the original")
     for axes in (divergence, loss):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
