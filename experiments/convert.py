@@ -57,11 +57,11 @@ class ConvertConfig:
     """The original's cached elements a token over the new ones; 1 is exact."""
     calibration: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text files; may be given several times, each gives as many rows. Needed above ratio 1."""
-    rows: int = 48
+    rows: int = 32
     """Rows of calibration text."""
     context: int = 512
     """Tokens of a row."""
-    ridge: float = 0.1
+    ridge: float = 0.01
     """Of the refit, as a share of the mean square of the features."""
     tokenizer: str | None = None
     """Name of the tokenizer in the folder; none for what it holds."""

@@ -79,30 +79,25 @@ def feed_forward(config: ModelConfig, params: Any, x: Float[Array, "B T D"]) -> 
 
 
 def observe(
-    config: ModelConfig, layer: dict[str, np.ndarray], inv_freq: np.ndarray, stream: np.ndarray, rows: int | None = None
+    config: ModelConfig, layer: dict[str, np.ndarray], inv_freq: np.ndarray, stream: np.ndarray
 ) -> tuple[Moments, np.ndarray]:
     """The moments of a layer and what its attention adds to the stream, `[B, T, D]` both ways.
 
     Args:
       layer: `W_Q`, `W_K`, `W_V`, `W_O`, with the norm's scale folded in.
-      rows: moments are those of the first so many rows, the costlier part; None for all.
     """
     D, N = stream.shape[-1], config.attention.num_heads
-    rows = len(stream) if rows is None else min(rows, len(stream))
     single = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in layer.items()}
-    count = rows * stream.shape[1]
+    count = stream.shape[0] * stream.shape[1]
     found = Moments(np.zeros((D, D)), np.zeros(D), np.zeros((D, D)))
     outputs = np.empty_like(stream)
-    for batch in batches(stream):
-        x = normed(stream[batch], config.norm_eps)
-        if batch.start >= rows:
-            outputs[batch] = _original(config, single, jnp.asarray(inv_freq), x)[1]
-            continue
-        read, outputs[batch] = _original(config, single, jnp.asarray(inv_freq), x)
-        flat = np.asarray(x)[: rows - batch.start].reshape(-1, D)
+    for rows in batches(stream):
+        x = normed(stream[rows], config.norm_eps)
+        read, outputs[rows] = _original(config, single, jnp.asarray(inv_freq), x)
+        flat = np.asarray(x).reshape(-1, D)
         found.tokens += flat.T @ flat / count
         found.mean += flat.sum(0, dtype=np.float64) / count
-        averaged = np.asarray(read)[: rows - batch.start].reshape(-1, D)
+        averaged = np.asarray(read).reshape(-1, D)
         found.read += averaged.T @ averaged / (count * N)
     return found, outputs
 

@@ -99,36 +99,30 @@ def first(keys: Keys, pairs: int) -> Keys:
 
 @dataclasses.dataclass(frozen=True)
 class Reduced:
-    """A layer with a smaller cache. What heads average are the keys themselves, if they are reused, and `x W_V Z`."""
+    """A layer with a smaller cache: what heads average are the keys, where they are reused, and some values."""
 
     keys: Keys
-    W_V: np.ndarray
-    """[D, K H], the original's."""
-    Z: np.ndarray
-    """[K H, v]"""
+    reuse: bool
+    """Whether this is MFA-KR, whose value begins with the keys, not MFA."""
+    values: np.ndarray
+    """[D, v]"""
     O: np.ndarray
-    """[N, r + v, D], for the r elements of the keys, none for MFA, and the v others."""
-
-    @property
-    def reused(self) -> int:
-        """How many elements of the value are the keys'."""
-        return self.O.shape[1] - self.Z.shape[1]
+    """[N, 2 P + v, D] where the keys are reused, [N, v, D] else."""
 
     @property
     def averaged(self) -> np.ndarray:
-        """`[D, r + v]`: the keys, if they are reused, and the other elements of the value."""
-        return np.concatenate([self.keys.S_k[:, : self.reused], self.W_V @ self.Z], axis=1)
+        """What heads average, in the order of `O`."""
+        return np.concatenate([self.keys.S_k, self.values], axis=1) if self.reuse else self.values
 
     def layer(self) -> Layer:
         """As MFA, or MFA-KR with `S_v` the same as `S_k`."""
-        width, values = self.O.shape[1], self.W_V @ self.Z
-        S_k, W, O, inv_freq = self.keys.S_k, self.keys.W, self.O, self.keys.inv_freq
-        if self.reused:
-            S_k, values = (beside(S_k, values),) * 2
-            W = beside(W, np.zeros((*W.shape[:2], self.Z.shape[1])))
-            O = beside(O[:, : self.reused], O[:, self.reused :], axis=1)
-            inv_freq = np.append(inv_freq, np.zeros(self.Z.shape[1] // 2))
-        return {"W": W * width**0.5, "S_k": S_k, "S_v": values, "O": O, INV_FREQ: inv_freq}
+        W, O, S_k, S_v, inv_freq = self.keys.W, self.O, self.keys.S_k, self.values, self.keys.inv_freq
+        if self.reuse:
+            n, v = S_k.shape[1], S_v.shape[1]
+            S_k = S_v = beside(S_k, S_v)
+            W, inv_freq = beside(W, np.zeros((*W.shape[:2], v))), np.append(inv_freq, np.zeros(v // 2))
+            O = beside(O[:, :n], O[:, n:], axis=1)
+        return {"W": W * O.shape[1]**0.5, "S_k": S_k, "S_v": S_v, "O": O, INV_FREQ: inv_freq}
 
 
 def with_values(
@@ -140,34 +134,36 @@ def with_values(
       second: `[D, D]`, the second moment of what values are made of.
       metric: `[K H, K H]` of the values; None for the identity.
     """
-    W_V = layer["W_V"].reshape(len(second), -1)
-    Z, decoder = _largest(W_V.T @ second @ W_V, width, metric)
-    return Reduced(keys, W_V, Z, _outputs(layer, decoder))
+    values, decoder = _largest(layer["W_V"].reshape(len(second), -1), second, width, metric)
+    return Reduced(keys, False, values, _outputs(layer, decoder))
 
 
 def with_reused_keys(layer: Layer, keys: Keys, width: int, second: np.ndarray, metric: np.ndarray) -> Reduced:
     """As MFA-KR: these keys, and the largest directions of what values are besides a linear map of them."""
-    S, W_V = keys.S_k, layer["W_V"].reshape(len(second), -1)
+    S, wanted = keys.S_k, layer["W_V"].reshape(len(second), -1)
     gram = S.T @ second @ S
     gram += 1e-6 * np.trace(gram) / len(gram) * np.eye(len(gram))
-    reuse = np.linalg.solve(gram, S.T @ second @ W_V)
-    rest = W_V - S @ reuse
-    Z, decoder = _largest(rest.T @ second @ rest, width - S.shape[1], metric)
-    # The others hold x W_V Z, of which the part that is linear in the keys is already there.
-    return Reduced(keys, W_V, Z, np.concatenate(
-        [_outputs(layer, reuse - reuse @ Z @ decoder), _outputs(layer, decoder)], axis=1))
+    linear = np.linalg.solve(gram, S.T @ second @ wanted)
+    more, decoder = _largest(wanted - S @ linear, second, width - S.shape[1], metric)
+    return Reduced(keys, True, more, _outputs(layer, np.concatenate([linear, decoder])))
 
 
-def _largest(second: np.ndarray, count: int, metric: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` largest directions of values with this second moment: `[K H, count]`, and back `[count, K H]`."""
-    root = back = np.eye(len(second))
+def _largest(
+    W: np.ndarray, second: np.ndarray, count: int, metric: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` largest directions of `x W` where `second` is the second moment of x.
+
+    Returns:
+      the map from a token `[D, count]`, and back to the values `[count, K H]`.
+    """
+    root = back = np.eye(W.shape[1])
     if metric is not None:
         values, vectors = np.linalg.eigh(metric)
         values = np.maximum(values, 1e-9 * values.max())
         root, back = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
-    energies, found = np.linalg.eigh(root @ second @ root)
+    energies, found = np.linalg.eigh(root @ (W.T @ second @ W) @ root)
     found = found[:, np.argsort(-energies)[:count]]
-    return root @ found, found.T @ back
+    return W @ root @ found, found.T @ back
 
 
 def output_metric(layer: Layer) -> np.ndarray:
@@ -182,5 +178,5 @@ def output_metric(layer: Layer) -> np.ndarray:
 def _outputs(layer: Layer, decoder: np.ndarray) -> np.ndarray:
     """`O [N, C, D]`: the way back to the values `[C, K H]`, then each head's own output projection."""
     N, H, _ = layer["W_O"].shape
-    own = decoder.reshape(len(decoder), decoder.shape[1] // H, H).transpose(1, 0, 2)
+    own = decoder.reshape(len(decoder), -1, H).transpose(1, 0, 2)
     return np.matmul(np.repeat(own, N // own.shape[0], axis=0), layer["W_O"])

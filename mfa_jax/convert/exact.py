@@ -109,13 +109,6 @@ def expand_key_reuse(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any
     return dataclasses.replace(config, attention=attention), {**params, "layers": layers}
 
 
-def with_norm_folded(params: Any, i: int) -> Layer:
-    """The attention of layer i with the scale of the norm before it in its projections; float64."""
-    scale = np.asarray(params["layers"]["attention_norm"]["scale"][i], np.float64)
-    layer = {name: np.asarray(leaf[i], np.float64) for name, leaf in params["layers"]["attention"].items()}
-    return layer | {name: layer[name] * scale[:, None, None] for name in ("W_Q", "W_K", "W_V")}
-
-
 def rebuilt(
     config: ModelConfig, params: Any, attention: MFAConfig | MFAKRConfig, convert: Callable[[Layer, int], Layer]
 ) -> tuple[ModelConfig, Any]:
@@ -128,7 +121,11 @@ def rebuilt(
     found: list[Layer] = []
     frequencies: list[tuple[float, ...]] = []
     for i in range(config.num_layers):
-        new = convert(with_norm_folded(params, i), i)
+        scale = np.asarray(params["layers"]["attention_norm"]["scale"][i], np.float64)
+        layer = {name: np.asarray(leaf[i], np.float64) for name, leaf in params["layers"]["attention"].items()}
+        for name in ("W_Q", "W_K", "W_V"):
+            layer[name] = layer[name] * scale[:, None, None]
+        new = convert(layer, i)
         if INV_FREQ in new:
             frequencies.append(tuple(new.pop(INV_FREQ).astype(np.float32).tolist()))
         found.append({name: leaf.astype(jnp.dtype(config.param_dtype)) for name, leaf in new.items()})

@@ -30,8 +30,7 @@ class LayerReport:
     key_elements: int
     """Elements of the cached row that rope turns."""
     error: float
-    """Mean square of what the stream after attention misses, over that of the attention's output, each token over its
-    own stream's mean square; before the refit"""
+    """Mean square of what the stream after attention misses, over that of the attention's output; before the refit"""
     refitted_error: float
     """and after it, on the calibration text."""
 

@@ -13,8 +13,7 @@ elements with frequency zero that queries do not look at. How many of its C elem
 error of the layer's output on some of the calibration text.
 
 *Refit.* Layer by layer, on the activations of the converted model, `O` is fitted by ridge regression so that the
-stream after attention is the original's. A token counts in the measure of its own stream, by which the next norm
-divides it: the first token of a text may have a stream a hundred times as large as the others'.
+stream after attention is the original's.
 
 Sources: the commuting maps are ours; TransMLA (Meng et al., arXiv 2502.07864) reduces with real ones.
 """
@@ -27,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import scipy.linalg
 
 from mfa_jax.config import MFAConfig, MFAKRConfig, ModelConfig, to_dict
 from mfa_jax.convert import activations
@@ -44,14 +42,13 @@ from mfa_jax.convert.directions import (
 from mfa_jax.convert.exact import Layer, factor_queries, frequencies_of, rebuilt
 from mfa_jax.convert.layerwise import LayerReport, Layerwise, Streams, require_reducible
 
-_OBSERVED_ROWS = 8
 _PROBED_ROWS = 2
 _SPLITS = 8
 
 
 def reduce_gqa(
     config: ModelConfig, params: Any, tokens: np.ndarray, *, target: Literal["mfa", "mfa_kr"], width: int,
-    ridge: float = 0.1, folder: Path | None = None, on_layer: Callable[[LayerReport], None] = lambda report: None,
+    ridge: float = 1e-2, folder: Path | None = None, on_layer: Callable[[LayerReport], None] = lambda report: None,
 ) -> tuple[ModelConfig, Any, list[LayerReport]]:
     """A GQA model as MFA or MFA-KR with C = `width`: `2 C` or `C` cached elements a token and layer.
 
@@ -89,12 +86,12 @@ class _Reducer:
 
     def __call__(self, layer: Layer, i: int, streams: Streams) -> tuple[Layer, LayerReport]:
         original, converted = streams["original"], streams["converted"]
-        moments, output = activations.observe(self.config, layer, self.frequencies[i], original, _OBSERVED_ROWS)
+        moments, output = activations.observe(self.config, layer, self.frequencies[i], original)
         pairs = rank_keys(layer, self.frequencies[i], moments, original.shape[1])
         reduced = self._choose(layer, moments, pairs, original, output)
         original += output
         reduced, before, after = self._refit(reduced, original, converted)
-        scale = float(np.mean(np.square(output) / _size(original), dtype=np.float64))
+        scale = float(np.mean(np.square(output, dtype=np.float64)))
         report = LayerReport(i, 2 * int(np.count_nonzero(reduced.keys.inv_freq)), before / scale, after / scale)
         new = reduced.layer()
         new["S_q"], new["Q"] = factor_queries(new.pop("W"), self.attention.query_rank)
@@ -121,27 +118,18 @@ class _Reducer:
     def _refit(
         self, reduced: Reduced, original: np.ndarray, converted: np.ndarray
     ) -> tuple[Reduced, float, float]:
-        """With `O` of the ridge regression towards the one there is, each token in the measure of its own stream.
-
-        Moves the converted stream past attention.
+        """With `O` of the ridge regression towards the one there is; moves the converted stream past attention.
 
         Returns:
-          the layer, and the mean square in that measure of what the stream misses, before and after.
+          the layer, and the mean square of what the stream misses, before and after.
         """
         D = original.shape[-1]
         features = activations.features(self.config, reduced, converted)
         missing = (original - converted).reshape(-1, D) - features @ reduced.O.reshape(-1, D).astype(np.float32)
-        weights = _size(original).reshape(-1, 1) ** -0.5
-        weighted, wanted = features * weights, missing * weights
-        gram = (weighted.T @ weighted).astype(np.float64)
+        gram = (features.T @ features).astype(np.float64)
         gram[np.diag_indices(len(gram))] += self.ridge * np.trace(gram) / len(gram)
-        step = scipy.linalg.solve(gram, (weighted.T @ wanted).astype(np.float64), assume_a="pos", overwrite_a=True)
+        step = np.linalg.solve(gram, (features.T @ missing).astype(np.float64))
         left = missing - features @ step.astype(np.float32)
         converted[:] = original - left.reshape(original.shape)
-        before, after = (float(np.mean(np.square(x * weights), dtype=np.float64)) for x in (missing, left))
+        before, after = (float(np.mean(np.square(x, dtype=np.float64))) for x in (missing, left))
         return dataclasses.replace(reduced, O=reduced.O + step.reshape(reduced.O.shape)), before, after
-
-
-def _size(stream: np.ndarray) -> np.ndarray:
-    """Mean square of each token, `[B, T, 1]`: by its root the next norm divides what a token misses."""
-    return np.mean(np.square(stream), axis=-1, keepdims=True)
