@@ -103,11 +103,11 @@ def parse(
     description = f"{config_type.__doc__}\n\n--config FILE.json starts from a saved config; flags override it."
     start: Any = default
     if presets is not None:
-        args, preset = _take(args, "--preset")
+        args, preset = take(args, "--preset")
         if preset is not None:
             base: Any = config_type() if default is None else default
             start = dataclasses.replace(base, preset=preset, model=presets(preset))
-    args, path = _take(args, "--config")
+    args, path = take(args, "--config")
     if path is not None:
         start = from_dict(config_type, _merge({} if start is None else to_dict(start), load_json(dict, path)))
     lists = {} if start is None else {name: getattr(start, name) for name in _appended(config_type)}
@@ -129,7 +129,7 @@ def _appended(config_type: Any) -> list[str]:
     return [name for name, hint in hints.items() if tyro.conf.UseAppendAction in get_args(hint)]
 
 
-def _take(args: list[str], flag: str) -> tuple[list[str], str | None]:
+def take(args: list[str], flag: str) -> tuple[list[str], str | None]:
     """The arguments without `flag VALUE` and `flag=VALUE`, and the last such value."""
     rest, value, items = [], None, iter(args)
     for item in items:

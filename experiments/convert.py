@@ -32,7 +32,7 @@ import tyro
 from experiments import cli
 from mfa_jax.capacity import cache_elements_per_token
 from mfa_jax.config import GQAConfig, ModelConfig, require
-from mfa_jax.convert import gqa_to_mfa, gqa_to_mfa_kr, load_pretrained, pretrained_tokenizer, save_run
+from mfa_jax.convert import balanced, gqa_to_mfa, gqa_to_mfa_kr, load_pretrained, pretrained_tokenizer, save_run
 from mfa_jax.convert.files import require_free
 from mfa_jax.convert.layerwise import LayerReport
 from mfa_jax.convert.plain import key_pca, mean_pool
@@ -173,7 +173,7 @@ def main(config: ConvertConfig) -> None:
     require(tokenizer.vocab_size <= given.vocab_size, "tokenizer.vocab_size", tokenizer.vocab_size,
             f"must be at most the model's vocab_size={given.vocab_size}")
     found, converted, layers = convert(config, given, params, tokenizer)
-    save_run(config.out, found, converted, tokenizer)
+    save_run(config.out, found, balanced(found, converted), tokenizer)
     shutil.rmtree(unfinished(config.out), ignore_errors=True)
     if config.report:
         for layer in layers:

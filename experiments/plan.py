@@ -17,6 +17,7 @@ import sys
 from typing import Literal
 
 import jax
+from jax.sharding import Mesh
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -135,6 +136,7 @@ def answer(arguments: Arguments) -> tuple[Plan, Suggestion | None]:
     """The plan that was asked for, and what else would fit."""
     topology, sizes, program = parse_topology(arguments.topology), mesh_config(arguments.mesh), program_of(arguments)
     mesh = mesh_of(topology, dataclasses.astuple(sizes))
+    require_vocabulary(arguments, mesh)
     remat: Remat = "none" if arguments.decode else arguments.remat
     _progress(f"compiling for {topology.name}")
     plan = program.compile(topology, mesh, remat)
@@ -142,6 +144,17 @@ def answer(arguments: Arguments) -> tuple[Plan, Suggestion | None]:
         return plan, None
     laid = MeshConfig(**dict(mesh.shape))
     return plan, suggest(program, topology.chip, laid, [(topology.name, remat, plan)], _progress)
+
+
+def require_vocabulary(arguments: Arguments, mesh: Mesh) -> None:
+    """Refuses a vocabulary that does not divide over `tensor`, and says which does.
+
+    Raises:
+      ValueError: with the size, and the next one that divides.
+    """
+    size, shards = model_of(arguments, "none").vocab_size, mesh.shape["tensor"]
+    require(size % shards == 0, "vocab_size", size, f"must be a multiple of mesh tensor={shards}; published ones are "
+            f"padded with rows that no token names: --vocab-size {-(-size // shards) * shards}")
 
 
 def _progress(text: str) -> None:

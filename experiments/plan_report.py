@@ -25,7 +25,7 @@ from mfa_jax.config import DataConfig, GQAConfig, MLAConfig, ModelConfig, TrainC
 from mfa_jax.plan import Decoding, Plan, mesh_of, parse_topology, plan_decoding, plan_training, prepare
 from mfa_jax.presets import match_heads, model_preset
 
-DECODE, TRAIN, SCALE = "decode", "train", "scale"
+DECODE, TRAIN, LONG, SCALE = "decode", "train", "long", "scale"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,9 @@ LINES: Sequence[Line] = (
     *(Line(f"{DECODE}/step3-{v}", _step3(a), "v5p:4x4x4", "data=4,tensor=16", 128, 8192)
       for v, a in (("mfa", None), ("mla", _MLA16), ("mha", "mha"))),
     *(Line(f"{TRAIN}/paper-7b-{v}", _preset(f"paper-7b-{v}"), "v5p:4x4x4", "fsdp=64", 256, 4096) for v in _VARIANTS),
+    *(Line(f"{LONG}/base-{v}", _preset(f"base-{v}"), "v5p:2x2x2", "context=8", 1, 131072) for v in _VARIANTS),
+    *(Line(f"{LONG}/paper-7b-{v}", _preset(f"paper-7b-{v}"), "v5p:4x4x4", "fsdp=4,context=16", 4, 131072)
+      for v in ("mha", "mfa", "mfa-kr")),
     *(Line(f"{SCALE}/base-mfa-{chips}", _preset("base-mfa"), f"v5p:{shape}", f"fsdp=4,data={chips // 4}", 4 * chips,
            2048)
       for chips, shape in ((8, "2x2x2"), (64, "4x4x4"), (512, "4x8x16"))),
@@ -143,23 +146,25 @@ def save_plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
                                                    layout="constrained")
     cache = [x["cache_bytes_per_token"] * x["rows"] * x["seq"] / parse_topology(x["plan"]["topology"]).size / 2**30
              for x in shown]
-    rest = [(x["plan"]["memory"]["peak"] / 2**30 - c) if x["plan"]["memory"] else 0 for x, c in
-            zip(shown, cache, strict=True)]
+    whole = [(x["plan"]["memory"]["peak"] if x["plan"]["memory"] else x["plan"]["bytes_needed"] or 0) / 2**30
+             for x in shown]
+    rest = [max(w - c, 0) for w, c in zip(whole, cache, strict=True)]
     memory.barh(names, cache, color="C2", label="cache")
     memory.barh(names, rest, left=cache, color="C7", label="weights, temporaries, code")
-    for i, (x, c, r) in enumerate(zip(shown, cache, rest, strict=True)):
-        text = f"{c:.1f} + {r:.1f}" if x["plan"]["fits"] else f"{c:.1f} + weights: does not fit"
-        memory.text(c + r + 1, i, text, va="center", fontsize=8)
     memory.axvline(95, color="k", linestyle=":", linewidth=1)
-    memory.set_xlim(0, 130)
+    for i, (x, c, r) in enumerate(zip(shown, cache, rest, strict=True)):
+        text = f"{c:.1f} + {r:.1f}" + ("" if x["plan"]["fits"] else ": does not fit")
+        memory.text(c + r + 1, i, text, va="center", fontsize=8, bbox={"fc": "w", "ec": "none", "pad": 0.5})
+    memory.set_xlim(0, 155)
     memory.set_xlabel("memory of a chip [GiB]; dotted: 95 GiB of v5p")
     predictions = [x["plan"]["prediction"] for x in shown]
     mega = [sum(e["bytes_sent"] for e in p["exchanges"]) / 1e6 if p else 0 for p in predictions]
-    sent.bar_label(sent.barh(names, mega, color="C0"), fmt="%.3g", padding=3, fontsize=8)
-    sent.set_xlabel("sent by a chip in a step [MB]")
     least = [1e3 * p["step_seconds"] if p else 0 for p in predictions]
-    seconds.bar_label(seconds.barh(names, least, color="C1"), fmt="%.3g", padding=3, fontsize=8)
-    seconds.set_xlabel("least time of a step [ms], from published peaks")
+    for axis, values, color, label in ((sent, mega, "C0", "sent by a chip in a step [MB]"),
+                                       (seconds, least, "C1", "least time of a step [ms], from published peaks")):
+        axis.bar_label(axis.barh(names, values, color=color), padding=3, fontsize=8,
+                       labels=[f"{v:.3g}" if p else "does not fit" for v, p in zip(values, predictions, strict=True)])
+        axis.set_xlabel(label)
     for axis in (sent, seconds):
         axis.margins(x=0.15)
     memory.invert_yaxis()

@@ -13,26 +13,43 @@ JAX_NUM_PROCESSES and JAX_PROCESS_ID say what there is. `mfa_jax.train.cluster` 
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 
 import jax
+from jax.sharding import Mesh
 
 from experiments.cli import parse, run
 from mfa_jax.config import TrainConfig
 from mfa_jax.presets import model_preset
 from mfa_jax.train import cluster
 from mfa_jax.train.loop import train
+from mfa_jax.train.losses import Teacher
+
+
+def start(
+    parsed: Callable[[], TrainConfig], read_teacher: Callable[[TrainConfig, Mesh], Teacher] | None = None
+) -> None:
+    """Joins the other processes, if there are any, trains, and says how it ended.
+
+    Args:
+      parsed: the config, once the processes have met.
+      read_teacher: of a config that has one.
+    """
+    with cluster.joined():
+        logging.basicConfig(level=logging.WARNING, format=f"{cluster.label()}%(levelname)s %(message)s",
+                            force=True)  # JAX has logged by now, which set up logging in its own way
+        config = parsed()
+        result = train(config, teacher=read_teacher and functools.partial(read_teacher, config))
+        state = "stopped at" if result.interrupted else "done:"
+        if jax.process_index() == 0:
+            print(f"{state} step {result.step}; checkpoints and metrics are in {config.workdir}")
 
 
 def main() -> None:
     config = parse(TrainConfig, presets=model_preset)
-    with cluster.joined():
-        logging.basicConfig(level=logging.WARNING, format=f"{cluster.label()}%(levelname)s %(message)s",
-                            force=True)  # JAX has logged by now, which set up logging in its own way
-        result = train(config)
-        state = "stopped at" if result.interrupted else "done:"
-        if jax.process_index() == 0:
-            print(f"{state} step {result.step}; checkpoints and metrics are in {config.workdir}")
+    start(lambda: config)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ class AxisRules:
     head_dim: tuple[str, ...] | str | None = None
     latent: tuple[str, ...] | str | None = None
     query_rank: tuple[str, ...] | str | None = None
+    inner_rank: tuple[str, ...] | str | None = "fsdp"
+    """What a second factor (MFA's `Q`, MLA's up projections) is summed over: it has no axis of the model's width."""
     ffn: tuple[str, ...] | str | None = "tensor"
     experts: tuple[str, ...] | str | None = "expert"
     vocab: tuple[str, ...] | str | None = "tensor"

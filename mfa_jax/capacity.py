@@ -139,7 +139,7 @@ def cache_bytes_per_token(attention: AttentionConfig, num_layers: int, cache_dty
 def sequence_exchange_bytes(model: ModelConfig, rows: int, length: int, shards: int, itemsize: int = 2) -> int:
     """Bytes a device receives in a forward pass where `shards` devices split a sequence: what the others would cache.
 
-    `L B (T - T / X) e` elements, `e` as `cache_elements_per_token`. The backward pass sends as many gradients on.
+    `L B (T - T / X) e` elements, `e` as `cache_elements_per_token`. Of gradients see `attention.context`.
     """
     others = rows * (length - length // shards)
     return model.num_layers * others * cache_elements_per_token(model.attention) * itemsize

@@ -59,6 +59,7 @@ def test_every_parameter_has_axes_of_the_table_and_big_ones_are_split(variant: s
             assert leaf.names[0] == "layers" and where.spec[0] is None, name
         if leaf.value.ndim - ("layers" in name) >= 2 and "N_kr" not in name:
             assert not where.is_fully_replicated, name
+            assert "fsdp" in jax.tree.leaves(tuple(where.spec)) or "['b_" in name, name
 
 
 def test_sizes_that_do_not_divide_name_the_leaf() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfa_jax import axes, capacity
-from mfa_jax.attention.context import zigzag
+from mfa_jax.attention.context import context_attention, local_implementation, zigzag
 from mfa_jax.attention.core import attend
+from mfa_jax.attention.library import splash_kernel
 from mfa_jax.config import DataConfig, MeshConfig, TrainConfig
 from mfa_jax.model.transformer import Transformer
 from mfa_jax.presets import model_preset
 from mfa_jax.train.loop import train
-from mfa_jax.train.step import BATCH_SPEC, batch_loss
+from mfa_jax.train.losses import batch_loss
+from mfa_jax.train.step import BATCH_SPEC
 from tests.contract import ATTENTION, model_config
 from tests.test_train import one_step, synthetic_batch
 from tests.test_train_moe import assert_same_step, config_for, curve_config, losses
@@ -46,31 +49,72 @@ def test_the_order_of_four_shards() -> None:
         zigzag(12, 4)
 
 
-@pytest.mark.parametrize(("key_heads", "alibi", "packed"), [(1, False, True), (2, True, False), (4, False, False)])
-def test_attention_and_its_gradients_equal_those_of_one_device(key_heads: int, alibi: bool, packed: bool) -> None:
-    B, T, N, H, h = 2, 32, 4, 8, 6
+def assert_equal_to_one_device(
+    attention: Any, mesh: tuple[int, ...], T: int, H: int, h: int, key_heads: int, alibi: bool, packed: bool
+) -> None:
+    """Of four heads, in zig-zag order on that mesh: the result and its gradients, against `dense`."""
+    B, N = 2, 4
     keys = jax.random.split(jax.random.key(0), 4)
     q = jax.random.normal(keys[0], (B, T, N, H))
     k, v = (jax.random.normal(key, (B, key_heads, T, width)) for key, width in ((keys[1], H), (keys[2], h)))
     weights = jax.random.normal(keys[3], (B, T, N, h))
     segments = jnp.sort(jax.random.randint(keys[3], (B, T), 0, 3), axis=1) if packed else None
     slopes = jnp.array([0.5, 0.25, 0.1, 0.05]) if alibi else None
-    order = zigzag(T, 4)
+    order = zigzag(T, mesh[axes.MESH_AXES.index("context")])
 
-    def outputs(q: Any, k: Any, v: Any, weights: Any, segments: Any, implementation: str) -> Any:
+    def outputs(attention: Any, q: Any, k: Any, v: Any, weights: Any, segments: Any) -> Any:
         def total(q: Any, k: Any, v: Any) -> Any:
-            o = attend(q, k, v, scale=H**-0.5, segments=segments, alibi_slopes=slopes, implementation=implementation)
+            o = attention(q, k, v, scale=H**-0.5, segments=segments, alibi_slopes=slopes)
+            if segments is not None:  # padding gives zeros
+                o = jnp.where((segments != 0)[:, :, None, None], o, 0)
             return jnp.sum(o * weights), o
 
         return jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
 
-    run = jax.jit(outputs, static_argnames="implementation")
-    (dq, dk, dv), o = run(q, k, v, weights, segments, "dense")
-    with jax.set_mesh(axes.make_mesh((1, 1, 1, 4, 2))):
-        found = run(q[:, order], k[:, :, order], v[:, :, order], weights[:, order],
-                    None if segments is None else segments[:, order], "context")
+    dense = partial(attend, implementation="dense")
+    (dq, dk, dv), o = jax.jit(partial(outputs, dense))(q, k, v, weights, segments)
+    with jax.set_mesh(axes.make_mesh(mesh)):
+        found = jax.jit(partial(outputs, attention))(
+            q[:, order], k[:, :, order], v[:, :, order], weights[:, order],
+            None if segments is None else segments[:, order])
     expected = (dq[:, order], dk[:, :, order], dv[:, :, order]), o[:, order]
     chex.assert_trees_all_close(jax.device_get(found), jax.device_get(expected), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(("key_heads", "alibi", "packed"), [(1, False, True), (2, True, False), (4, False, False)])
+def test_attention_and_its_gradients_equal_those_of_one_device(key_heads: int, alibi: bool, packed: bool) -> None:
+    assert_equal_to_one_device(partial(attend, implementation="context"), (1, 1, 1, 4, 2), 32, 8, 6, key_heads, alibi,
+                               packed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key_heads", "packed"), [(1, True), (2, False)])
+def test_the_tpu_kernel_in_the_order_of_the_shards(key_heads: int, packed: bool) -> None:
+    """Splash, interpreted, two chunks of 128 tokens a device, over rows and heads too."""
+    splash = partial(context_attention, rows=("data",), heads=("tensor",), local="splash", interpret=True)
+    assert_equal_to_one_device(splash, (2, 1, 1, 2, 2), 512, 16, 8, key_heads, False, packed)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_the_mask_of_the_kernel_is_the_causal_one_in_that_order(shards: int) -> None:
+    """Against splash's own, which compares every position; T = 4096 so that there are blocks of every kind."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    order = zigzag(4096, shards) if shards > 1 else np.arange(4096)
+    found = splash_kernel(order, 2, shards)
+    mask = splash.CausalMask((4096, 4096))
+    mask.q_sequence = order.astype(np.int32)
+    expected = splash.make_splash_mqa(splash.MultiHeadMask([mask] * 2), block_sizes=found.kwargs["block_sizes"],
+                                      head_shards=1, q_seq_shards=shards)
+    chex.assert_trees_all_equal(jax.tree.leaves(found), jax.tree.leaves(expected))
+
+
+def test_what_each_device_attends_with() -> None:
+    with jax.set_mesh(axes.make_mesh((1, 1, 1, 8, 1))):
+        assert local_implementation("tpu", 2048, alibi=False) == "splash"
+        assert local_implementation("tpu", 2048 + 16, alibi=False) == "blockwise", "its tiles are whole"
+        assert local_implementation("tpu", 2048, alibi=True) == "blockwise", "it knows no ALiBi"
+        assert local_implementation("gpu", 2048, alibi=False) == "blockwise"
 
 
 def test_without_a_mesh_it_is_refused() -> None:
@@ -112,9 +156,11 @@ def curve(workdir: Path, sparse: bool, **changes: object) -> TrainConfig:
 @pytest.mark.parametrize(("mesh", "sparse"), [
     (MeshConfig(data=1, context=8), False), (MeshConfig(data=2, context=4), False),
     (MeshConfig(data=1, fsdp=2, context=2, tensor=2), False), (MeshConfig(data=2, expert=2, context=2), True),
-    (MeshConfig(data=1, expert=4, context=2), True),
-], ids=["context8", "data2-context4", "fsdp2-context2-tensor2", "data2-expert2-context2", "expert4-context2"])
-def test_twenty_steps_over_the_axis_of_the_sequence(
+    (MeshConfig(data=1, expert=4, context=2), True), (MeshConfig(data=8), False), (MeshConfig(data=2, fsdp=4), False),
+    (MeshConfig(data=2, tensor=4), False), (MeshConfig(data=2, fsdp=2, tensor=2), False),
+], ids=lambda value: "-".join(f"{axis}{size}" for axis, size in dataclasses.asdict(value).items() if size > 1)
+    if isinstance(value, MeshConfig) else "")
+def test_twenty_steps_over_the_axis_of_the_sequence_and_those_of_dense_models(
     mesh: MeshConfig, sparse: bool, curves: dict[bool, list[float]], tmp_path: Path
 ) -> None:
     np.testing.assert_allclose(losses(curve(tmp_path, sparse, mesh=mesh), 8), curves[sparse], rtol=0, atol=1e-5)

@@ -384,8 +384,10 @@ CALL: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(("platform", "change", "chosen"), (
-    ("cpu", {}, "blockwise"), ("cpu", {"T": 256, "S": 4096}, "dense"), ("cpu", {"T": 257, "S": 257}, "blockwise"),
-    ("cpu", {"T": 256, "S": 4097}, "blockwise"), ("tpu", {"T": 1000, "S": 1048}, "dense"),
+    ("cpu", {}, "blockwise"), ("cpu", {"T": 128, "S": 128}, "dense"), ("cpu", {"T": 129, "S": 129}, "blockwise"),
+    ("cpu", {"T": 256, "S": 4096, "offset": True}, "dense"), ("tpu", {"T": 1000, "S": 1048}, "dense"),
+    ("cpu", {"T": 257, "S": 4000, "offset": True}, "blockwise"),
+    ("cpu", {"T": 256, "S": 4097, "offset": True}, "blockwise"),
     ("cpu", {"T": 1, "S": 131072, "offset": True}, "dense"),
     ("tpu", {}, "splash"), ("tpu", {"segments": True}, "splash"), ("tpu", {"T": 128, "S": 128}, "splash"),
     ("tpu", {"T": 100, "S": 100}, "dense"), ("tpu", {"T": 2000, "S": 2000}, "blockwise"),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from experiments.faults import damage, rehearsal, runs
+from experiments.faults import damage, runs
 from experiments.faults.outcome import Outcome, table
 from experiments.faults.recorded_train import RecordedBatches, wrong_batches
 from experiments.faults.runs import SmallRun, write_corpus
@@ -80,18 +79,20 @@ def test_nothing_goes_on_after_a_wait_that_failed(tmp_path: Path, monkeypatch: p
               f"child = subprocess.Popen([sys.executable, '-c', {sleep!r}], start_new_session=True); "
               "print('process 0 of 1 is pid', child.pid, flush=True); time.sleep(600)")
     for wait in (lambda job: job.wait(), lambda job: job.until(lambda: False)):
-        job = rehearsal.Job([sys.executable, "-c", launch], tmp_path / "said.txt", dict(os.environ))
-        job.until(lambda job=job: job.said().endswith("\n"))
-        with monkeypatch.context() as impatient, pytest.raises(AssertionError, match="is pid"):
-            impatient.setattr(rehearsal, "PATIENCE", 0.1)
-            wait(job)
-        assert job._launcher.poll() is not None
-        until_ended(int(job.said().split()[-1]))
-        child = runs.Child([sys.executable, "-c", sleep], tmp_path / "errors.txt")
-        with monkeypatch.context() as impatient, pytest.raises(AssertionError, match="hangs|nothing happened"):
+        job = runs.Job([sys.executable, "-c", launch], tmp_path / "said.txt")
+        assert job.until(lambda job=job: job.said().endswith("\n"))
+        with monkeypatch.context() as impatient, pytest.raises(AssertionError, match="(hangs|happened): .*is pid"):
             impatient.setattr(runs, "PATIENCE", 0.1)
-            wait(child)
-        assert child._process.poll() is not None
+            wait(job)
+        assert job._process.poll() is not None
+        until_ended(int(job.said().split()[-1]))
+
+
+def test_a_wait_for_what_does_not_come_ends_with_the_process(tmp_path: Path) -> None:
+    job = runs.Job([sys.executable, "-c", "print('[1] step 7/9  loss 5.1')"], tmp_path / "said.txt")
+    assert not job.until(lambda: job.last_step() > 7)
+    assert job.wait() == (0, "[1] step 7/9  loss 5.1\n") and job.last_step() == 7 and job.resumed_at() is None
+    assert job.said(1).startswith("step 7") and job.said(0) == ""
 
 
 def until_ended(pid: int) -> None:

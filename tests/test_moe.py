@@ -348,7 +348,7 @@ def test_a_model_of_dense_and_expert_layers(name: str, variant: str) -> None:
     logits = jax.jit(lambda p, t: model.apply({"params": p}, t)[0])(params, tokens())
 
     def hidden(model: Transformer, params: Any) -> Any:
-        return jax.jit(lambda p, t: model.apply({"params": p}, t, method="hidden_and_routing"))(params, tokens())
+        return jax.jit(lambda p, t: model.apply({"params": p}, t, method="states"))(params, tokens())
 
     scanned, plain = hidden(model, params), hidden(unrolled, unstack_layers(params, num_layers))
     chex.assert_trees_all_close(scanned, plain, rtol=1e-5, atol=2e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -14,8 +15,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers as Dimensions
 
-from mfa_jax.config import OptimizerConfig
-from mfa_jax.train.optimizer import decay_mask, make_optimizer, make_schedule, muon_dimensions, state_shardings
+from mfa_jax.config import GroupRates, OptimizerConfig
+from mfa_jax.train.optimizer import (
+    decay_mask,
+    group_rates,
+    make_optimizer,
+    make_schedule,
+    muon_dimensions,
+    state_shardings,
+)
 
 D, N, K, H, C, Q, R, F, V, L = 16, 4, 2, 4, 8, 6, 2, 24, 32, 3
 NOPE, VALUE = 4, 5
@@ -203,6 +211,67 @@ def test_unknown_names_and_ranks_raise(kind: Any) -> None:
     flat = {"layers": {"attention": {"S_q": jax.ShapeDtypeStruct((D, Q), jnp.float32)}}}
     with pytest.raises(ValueError, match=r"layers/attention/S_q: has shape \(16, 6\), expected 3 axes"):
         make_optimizer(config, 10, flat)
+
+
+# ---- rates by group ----
+
+GROUP_OF = {"attention": "attention", "ffn": "feed_forward", "attention_norm": "norms", "ffn_norm": "norms",
+            "final_norm": "norms", "embed": "embeddings", "unembed": "embeddings"}
+
+
+@pytest.mark.parametrize("variant", ["gqa_bias_norm", "mla_ranked", "mfa_kr"])
+def test_each_parameter_has_the_rate_of_its_group(variant: str) -> None:
+    rates = GroupRates(attention=0.5, feed_forward=2.0, norms=0.0, embeddings=0.25)
+    found = by_name(group_rates(OptimizerConfig(rates=rates), abstract(variant)))
+    for path, rate in found.items():
+        module = path.removeprefix("layers/").split("/")[0]
+        assert rate == getattr(rates, GROUP_OF[module]), path
+    assert set(found.values()) == {0.5, 2.0, 0.0, 0.25}
+    with pytest.raises(ValueError, match="parameter='other/scale': must lie in one of attention, ffn"):
+        group_rates(OptimizerConfig(), {"other": {"scale": jax.ShapeDtypeStruct((D,), jnp.float32)}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_rate_is_a_learning_rate(kind: Any) -> None:
+    """Over two steps, weight decay included: each group moves as it does alone at that learning rate, and what is
+    frozen has no update, though its gradient is large and would take its part of a clipped norm if it counted."""
+    params = normal(abstract("mfa_kr"))
+    rates = GroupRates(attention=0.5, feed_forward=2.0, norms=0.0)
+
+    def moved(config: OptimizerConfig) -> dict[str, Any]:
+        optimizer = make_optimizer(config, 10, params)
+        state, now = jax.jit(optimizer.init)(params), params
+        for seed in (1, 2):
+            updates, state = jax.jit(optimizer.update)(normal(params, seed), state, now)
+            now = optax.apply_updates(now, updates)
+        return by_name(now)
+
+    config = OptimizerConfig(kind=kind, learning_rate=0.1, warmup_steps=0, schedule="constant", clip_norm=None)
+    found = moved(dataclasses.replace(config, rates=rates))
+    alone = {name: moved(dataclasses.replace(config, learning_rate=0.1 * rate))
+             for name, rate in vars(rates).items() if rate}
+    start = by_name(params)
+    for path, value in found.items():
+        group = GROUP_OF[path.removeprefix("layers/").split("/")[0]]
+        if group == "norms":
+            np.testing.assert_array_equal(value, start[path], err_msg=path)
+        else:
+            np.testing.assert_allclose(value, alone[group][path], rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_what_is_frozen_has_no_state_and_rates_change_no_layout(kind: Any) -> None:
+    params = abstract("mfa")
+
+    def state(**rates: float) -> dict[str, Any]:
+        config = OptimizerConfig(kind=kind, rates=GroupRates(**rates))
+        return by_name(jax.eval_shape(make_optimizer(config, 10, params).init, params))
+
+    assert state(attention=0.5).keys() == state().keys()
+    frozen = state(feed_forward=0, embeddings=0)
+    assert any("S_q" in path for path in frozen)
+    assert not any(name in path for path in frozen for name in ("W_up", "embed"))
 
 
 def test_layers_that_are_not_stacked() -> None:

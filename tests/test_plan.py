@@ -270,8 +270,7 @@ def test_arguments_of_a_device_are_the_closed_forms() -> None:
     heads_and_ffn = L * (Q * N * C + N * C * D + 3 * D * F) + model.vocab_size * D
     over_fsdp = L * (D * Q + 2 * D * C)
     norms = L * (2 * D + Q) + D
-    # Q [Q, N, C] has no axis of D: only tensor splits it.
-    state = (heads_and_ffn - L * Q * N * C) // 8 + L * Q * N * C // 2 + over_fsdp // 4 + norms
+    state = heads_and_ffn // 8 + over_fsdp // 4 + norms
     found = programs.training_arguments(config, mesh)
     counters = 3 * 4  # the state's, Adam's, the schedule's
     assert found == 3 * 4 * state + 2 * 128 * 20 + counters
@@ -344,6 +343,15 @@ def test_bad_input_names_what_would_be_accepted(changed: dict[str, object], mess
     assert message in str(error.value)
 
 
+def test_a_vocabulary_that_does_not_divide_is_told_with_one_that_does() -> None:
+    """Step-3 as published, over 16 shards of heads."""
+    arguments = script.Arguments("step3", "v5p:4x4x4", batch_tokens=128, seq=8192, decode=True)
+    mesh = fake_mesh((4, 1, 1, 1, 16))
+    with pytest.raises(ValueError, match="vocab_size=128815: must be .* tensor=16; .*: --vocab-size 128816$"):
+        script.require_vocabulary(arguments, mesh)
+    script.require_vocabulary(dataclasses.replace(arguments, vocab_size=128816), mesh)
+
+
 @pytest.mark.slow
 def test_without_the_compiler_it_says_how_to_install_it() -> None:
     done = command(*REQUEST, TPU_LIBRARY_PATH="/nonexistent/libtpu.so")
@@ -374,6 +382,23 @@ def test_a_real_training_step_against_the_closed_forms() -> None:
     assert not plan["prediction"]["unknown_kernels"] and not plan["prediction"]["unknown_loops"]
     crossed = {tuple(e["axes"]) for e in plan["prediction"]["exchanges"]}
     assert {("fsdp",), ("tensor",)} <= crossed and () not in crossed
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_sequence_that_the_mesh_splits_against_the_closed_forms() -> None:
+    """Two rows of 4096 tokens over four chips: splash on each, and the key and value of each layer gathered."""
+    done = command("--model", "small-mfa", "--topology", "v5e:2x2", "--mesh", "context=4,fsdp=1", "--batch-tokens",
+                   "8192", "--seq", "4096", "--remat", "none", "--json", "--no-suggest")
+    assert done.returncode == 0, done.stderr
+    plan, model = json.loads(done.stdout)["plan"], model_preset("small-mfa")
+    assert plan["fits"] and not plan["prediction"]["unknown_kernels"] and not plan["prediction"]["unknown_loops"]
+    # Splash computes the scores three times, and the rest once.
+    assert 0.9 <= plan["prediction"]["flops"] / plan["model_flops"] <= 1.5
+    gathered = sum(e["bytes_sent"] for e in plan["prediction"]["exchanges"]
+                   if e["kind"] == "all-gather" and e["axes"] == ["context"])
+    closed = capacity.sequence_exchange_bytes(model, rows=2, length=4096, shards=4, itemsize=2)
+    assert closed <= gathered <= 1.1 * closed, "positions and segments beside them"
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import email
 import json
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 
 from experiments.faults import elastic
 from experiments.faults.recorded_train import wrong_batches
-from experiments.faults.rehearsal import ROOT, Rehearsal, names_the_lost
+from experiments.faults.runs import ROOT, SmallRun, names_the_lost, write_corpus
 from mfa_jax.config import MeshConfig, TrainConfig, load_json
 from mfa_jax.train.checkpoint import Checkpoints
 from mfa_jax.train.loop import train
@@ -24,14 +23,6 @@ from mfa_jax.train.run import CONFIG
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for path in sorted(Path(email.__file__).parent.glob("*.py"))[:10]:
-        (folder / path.name).write_text(path.read_text())
-    return folder
 
 
 def flip(folder: Path) -> None:
@@ -42,31 +33,30 @@ def flip(folder: Path) -> None:
     path.write_bytes(data)
 
 
-def test_four_processes_then_two_then_one_are_one_run(corpus: Path, tmp_path: Path) -> None:
+def test_four_processes_then_two_then_one_are_one_run(tmp_path: Path) -> None:
     """SIGTERM to one of four, SIGKILL to one of four, a flipped bit, two processes, one."""
-    run = Rehearsal(tmp_path / "run", corpus, tmp_path / "cache", "--preset", "tiny-mfa", "--save-every", "4",
-                    "--keep-checkpoints", "9")
+    run = SmallRun(tmp_path / "run", write_corpus(tmp_path / "corpus"), tmp_path / "cache", save_every=4,
+                   flags=("--preset", "tiny-mfa", "--keep-checkpoints", "9"))
     four = ("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 
-    first = run.start(4, STEPS, *four)
-    first.until(lambda: len(run.losses()) >= 5)
+    first = run.start(STEPS, *four, processes=4)
+    assert first.until(lambda: first.last_step() >= 5), first.said()
     first.tell(2, signal.SIGTERM)
-    assert first.wait() == 0, first.said()
+    assert first.wait()[0] == 0, first.said()
     stopped = run.saved()[-1]
     assert f"stopped at step {stopped};" in first.said(0) and 5 <= stopped < STEPS - 8, first.said()
 
-    second = run.start(4, STEPS, *four, launch=("--no-stop-others",))
-    second.until(lambda: len(run.losses()) >= stopped + 6)
+    second = run.start(STEPS, *four, processes=4, launch=("--no-stop-others",))
+    assert second.until(lambda: second.last_step() >= stopped + 6), second.said()
     second.tell(1, signal.SIGKILL)
-    assert second.wait() == 128 + signal.SIGKILL
+    assert second.wait()[0] == 128 + signal.SIGKILL
     assert second.resumed_at() == stopped
     for other in (0, 2, 3):
         assert names_the_lost(second.said(other), 1), second.said(other)
     newest, before = run.saved()[-1], run.saved()[-2]
-    flip(run.workdir / "checkpoints" / str(newest))
+    flip(run.checkpoints / str(newest))
 
-    third = run.start(2, STEPS - 2, "--mesh.data", "1", "--mesh.tensor", "2")
-    assert third.wait() == 0, third.said()
+    third = run.finish(STEPS - 2, "--mesh.data", "1", "--mesh.tensor", "2", processes=2)
     assert third.resumed_at() == before
     for process in (0, 1):
         assert f"process {process} of 2: WARNING" in third.said(process)
@@ -77,8 +67,7 @@ def test_four_processes_then_two_then_one_are_one_run(corpus: Path, tmp_path: Pa
     assert train(config, progress=False, devices=jax.devices()[:1]).step == STEPS
     alone = dataclasses.replace(config, workdir=str(tmp_path / "alone"))
     train(alone, progress=False, devices=jax.devices()[:1])
-    expected = Rehearsal(tmp_path / "alone", corpus, tmp_path / "cache").losses()
-    found = run.losses()
+    found, expected = run.losses(), run.beside("alone").losses()
     assert list(found) == list(expected) == list(range(1, STEPS + 1)), "each step is told once"
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
 

@@ -244,16 +244,28 @@ def test_difference_is_welchs():
     mean, half = report.difference(left, right)
     interval = stats.ttest_ind(left, right, equal_var=False).confidence_interval(0.95)
     assert mean - half == pytest.approx(interval.low) and mean + half == pytest.approx(interval.high)
-    assert report.compared(left, right)[1] == "lower" and report.compared(right, left)[1] == "higher"
-    assert report.compared([1.0, 1.2], [1.1, 1.3])[1] == "not told apart"
-    assert report.compared([1.0], [1.1, 1.2]) == ["-0.1500", "too few seeds"]
-    assert report.compared([], [1.1])[1] == "none"
+    assert report.compared(left, right, 3)[1] == "lower" and report.compared(right, left, 3)[1] == "higher"
+    assert report.compared([1.0, 1.2], [1.1, 1.3], 2)[1] == "not told apart"
+    assert report.compared([1.0], [1.1, 1.2], 2) == ["-0.1500", "too few seeds"]
+    assert report.compared(left, right, 4) == [report.compared(left, right, 3)[0], "too few seeds"]
+    assert report.compared([], [1.1], 2)[1] == "none"
 
 
 def test_starts_are_compared_with_the_default_alone(tmp_path):
     found = [record for record in all_done("key_reuse_start") if record.labels["name"] in ("small", "MFA")]
     text = key_reuse_start.section(found, tmp_path)
     assert re.search(r"^\| small \|[^|]*\|[^|]*\|  \| none \|", text, re.M)
+
+
+def test_a_spike_is_a_jump_above_what_was_before_it():
+    run = make_run(TINY, "zero", model_preset("tiny-mfa-kr"), 4e-3, 0)
+    noisy = [3 - i / 50 + (-1) ** i / 10 for i in range(40)]
+    for losses, spikes in ((noisy, 0), ([*noisy[:20], 3.6, 3.6, *noisy[20:]], 1),
+                           ([*noisy[:20], 3.6, *noisy[20:], 4.0], 2), ([*noisy[:20], *(5.0,) * 20], 1)):
+        steps = list(range(1, len(losses) + 1))
+        record = record_of(run, 1.0, curve={"step": [*steps, 99], "loss": [*losses, None],
+                                            "grad_norm": [*(1.0 + s for s in steps), None]})
+        assert key_reuse_start.watch(record) == ["2.00", f"{1 + len(losses):.2f}", str(spikes)]
 
 
 def test_a_power_law_is_fitted_to_one_point_a_size():
@@ -271,9 +283,9 @@ def test_a_power_law_is_fitted_to_one_point_a_size():
 def test_the_best_width_says_whether_it_is_told_apart_from_the_papers():
     run = make_run(TINY, "a", model_preset("tiny-mfa"), 1e-3, 0)
     two, four = ([record_of(run, loss) for loss in losses] for losses in ((3.0, 3.1), (2.9, 3.1)))
-    assert scaling.best_width({"mfa": {32: two}, "mfa, C = 4H": {32: four}}, 32) == (
+    assert scaling.best_width({"mfa": {32: two}, "mfa, C = 4H": {32: four}}, 32, 2) == (
         "mfa, C = 4H (against 2H: not told apart)")
-    assert scaling.best_width({"mfa": {32: four}, "mfa, C = 4H": {32: two}}, 32) == "mfa"
+    assert scaling.best_width({"mfa": {32: four}, "mfa, C = 4H": {32: two}}, 32, 2) == "mfa"
 
 
 @each_study
@@ -298,6 +310,36 @@ def test_a_report_tells_what_is_missing_diverged_or_of_other_settings(name, tmp_
     text = report.write(STUDIES[name], tmp_path, ROOT / "experiments" / "studies" / name).read_text()
     assert re.search(r"\*\*\d+ of \d+ planned runs are missing", text)
     assert f"Diverged: {found[0].run}" in text and re.search(r"Left out: \d+ runs of other settings", text)
+
+
+@each_study
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_report_of_the_first_runs_has_no_verdict(name, count, tmp_path):
+    found: list[Record] = []
+    while len(found) < count:
+        results = results_of(found)
+        run = next(run for run in STUDIES[name].plan(TINY, results) if results(run) is None)
+        found.append(record_of(run, invented_loss(run)))
+    for record in found:
+        records.append(tmp_path, record)
+    text = report.write(STUDIES[name], tmp_path, ROOT / "experiments" / "studies" / name).read_text()
+    made = text.split(report.BEGIN)[1]
+    results = results_of(found)
+    for run in STUDIES[name].plan(TINY, results):
+        part = f"{run.labels['learning_rate']:g}" if run.labels["seed"] == 0 else f"seed {run.labels['seed']}"
+        listed = re.search(rf"[:;] {re.escape(run.labels['name'])} \([^)]*{part}", made)
+        assert bool(listed) == (results(run) is None)
+    assert not re.search("not told apart|lower|higher", made)
+
+
+def test_the_rates_table_says_where_the_best_may_not_be_the_best():
+    models = {name: model_preset(f"tiny-{name}") for name in ("mfa", "mha", "mla")}
+    scale = dataclasses.replace(TINY, learning_rates=(1e-3, 2e-3, 4e-3))
+    grid = tuned(scale, models, lambda run: None)
+    found = [record_of(run, loss) for run, loss in zip(grid[:8], (3, 2, 4, 3, 2, 1, 2, 3), strict=True)]
+    rows = report.rates_table(found).splitlines()[2:]
+    assert [row.split("|")[-2].strip() for row in rows] == ["", "edge of the grid", "unfinished, edge of the grid"]
+    assert "missing" in rows[2]
 
 
 @pytest.mark.parametrize("name", STUDIES)

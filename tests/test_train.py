@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import chex
 import jax
@@ -18,15 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 
 from mfa_jax import axes
+from mfa_jax.attention import mfa
+from mfa_jax.attention.core import attend
 from mfa_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from mfa_jax.model.transformer import Transformer
+from mfa_jax.model.transformer import Transformer, init_params
 from mfa_jax.train import loop, parts, run
 from mfa_jax.train.loop import NonFiniteError, train
 from mfa_jax.train.metrics import MetricsWriter
 from mfa_jax.train.optimizer import make_optimizer, make_schedule
-from mfa_jax.train.step import BATCH_SPEC, create_state, make_train_step, state_layout, watched_leaves
+from mfa_jax.train.step import BATCH_SPEC, batch_loss, create_state, make_train_step, state_layout, watched_leaves
 from tests.contract import ATTENTION, model_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +112,30 @@ def test_sharded_step_equals_single_device_leaf_by_leaf(variant: str, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("separate", [True, False])
+def test_rows_of_one_document_are_attended_to_without_segments(
+    separate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which kernels without segments, such as cuDNN's, can serve; the loss is that of rows with one segment."""
+    config = config_for(tmp_path, tmp_path, "mfa")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, separate_documents=separate))
+    model = Transformer(config.model)
+    batch = {name: jnp.asarray(x) for name, x in synthetic_batch(config).items()}
+    batch["segments"] = jnp.ones_like(batch["inputs"])
+    params = nn.unbox(init_params(model, jax.random.key(0)))
+    whole = dataclasses.replace(config, data=dataclasses.replace(config.data, separate_documents=True))
+    expected = batch_loss(whole, model, params, batch)
+    seen = []
+
+    def spy(*arrays: jax.Array, segments: jax.Array | None, **options: Any) -> jax.Array:
+        seen.append(segments is not None)
+        return attend(*arrays, segments=segments, **options)
+
+    monkeypatch.setattr(mfa, "attend", spy)
+    chex.assert_trees_all_close(batch_loss(config, model, params, batch), expected, rtol=1e-6)
+    assert set(seen) == {separate}
+
+
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulated_gradient_equals_the_full_batch(accumulate: int, tmp_path: Path) -> None:
     """The mask differs between parts, so a mean of means would be wrong."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from experiments.faults.outcome import Outcome
-from experiments.faults.runs import SmallRun, differences, resumed_at
+from experiments.faults.runs import SmallRun, differences
 from mfa_jax.train import run as run_folder
 from mfa_jax.train.checkpoint import Checkpoints
 
@@ -49,7 +49,7 @@ def checkpoints(run: SmallRun, folder: Path) -> list[Outcome]:
     Survived is only: the damage is reported with a reason, the step moved aside and the one before read, exact; or the
     newest is read, every leaf exact: the file holds nothing that is needed.
     """
-    before, newest = run.finished()[-2:]
+    before, newest = run.saved()[-2:]
     wanted = {step: run.state(step) for step in (before, newest)}
     layout = run.layout()
     outcomes = []
@@ -107,7 +107,7 @@ def _fill_and_go_on(full: SmallRun, folder: Path, outcome: Outcome) -> None:
     filler.write_bytes(bytes(free - 2**18))
 
     def kept() -> str | None:
-        left = full.finished()
+        left = full.saved()
         return None if left[-1] == 10 and not differences(full.state(10).items, good.items) else f"there is {left}"
 
     for choice in ("stop", "continue"):
@@ -115,10 +115,10 @@ def _fill_and_go_on(full: SmallRun, folder: Path, outcome: Outcome) -> None:
         told = code == 2 and "No space left on device" in said  # also at the end: the last save has to succeed
         goes_on = "step 40/40" in said
         outcome.add(kept() if told and goes_on == (choice == "continue") else f"{choice}: exit code {code}: {said}")
-    child = full.start(60, "--on-save-failure", "continue")
-    child.until(lambda: "was not written" in child.said())
+    job = full.start(60, "--on-save-failure", "continue")
+    job.until(lambda: "was not written" in job.said())
     filler.unlink()
-    code, said = child.wait()
+    code, said = job.wait()
     alone = dataclasses.replace(full, workdir=folder / "never-full")
     alone.finish(60)
     wrong = differences(full.state().items, alone.state().items)
@@ -131,7 +131,7 @@ def _fill_and_go_on(full: SmallRun, folder: Path, outcome: Outcome) -> None:
 def shards(run: SmallRun, folder: Path) -> list[Outcome]:
     """Each file of the training shards, damaged in every way: the run ends and names the file."""
     outcomes = []
-    steps = run.finished()[-1] + 200  # more than an epoch of the corpus
+    steps = run.saved()[-1] + 200  # more than an epoch of the corpus
     for kind, harm in DAMAGE.items():
         outcome = Outcome(f"a file of the token shards {kind}")
         for name in ("train.bin", "train.offsets.npy", "train.bin.crc32.npy"):
@@ -154,9 +154,10 @@ def compilation_cache(run: SmallRun, folder: Path) -> list[Outcome]:
     shutil.copytree(run.cache, hurt.cache)
     for path in hurt.cache.iterdir():
         os.truncate(path, path.stat().st_size // 2)
-    before = run.finished()[-1]
-    code, said = hurt.start(before + 5).wait()
-    outcome.add(None if code == 0 and resumed_at(said) == before else f"exit code {code}: {said}")
+    before = run.saved()[-1]
+    job = hurt.start(before + 5)
+    code, said = job.wait()
+    outcome.add(None if code == 0 and job.resumed_at() == before else f"exit code {code}: {said}")
     return [outcome]
 
 

@@ -69,8 +69,8 @@ def prepared(train: str, folder: Path) -> Corpus:
     tokenizer = load_tokenizer(data.tokenizer)
     with lock(folder / "lock", wait=True):
         tested, shards = prepare(test, folder / TEST, tokenizer), prepare(data, folder / train, tokenizer)
-        shared = len(_documents(shards, "train") & _documents(tested, "held_out"))
-        require(shared == 0, "corpus", texts[TEST], f"shares {shared} books with {texts[train]}")
+    shared = len(_documents(shards, "train") & _documents(tested, "held_out"))
+    require(shared == 0, "corpus", texts[TEST], f"shares {shared} books with {texts[train]}")
     return Corpus(data, tested, _description(
         {"train": (shards, "train"), "valid": (shards, "held_out"), "test": (tested, "held_out")}))
 

@@ -13,8 +13,8 @@ from mfa_jax import capacity
 from mfa_jax.config import DataConfig, ModelConfig
 from mfa_jax.data import Prepared, eval_batches
 from mfa_jax.model.transformer import init_cache
+from mfa_jax.train.losses import batch_loss
 from mfa_jax.train.run import Trained
-from mfa_jax.train.step import batch_loss
 
 CACHE_DTYPE = "bfloat16"
 """Of the caches whose bytes are counted."""

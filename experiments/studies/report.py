@@ -13,7 +13,7 @@ from scipy import stats
 
 from experiments.studies import records
 from experiments.studies.records import Record
-from experiments.studies.study import SCALES, Scale, Study, best, results_of
+from experiments.studies.study import SCALES, Run, Scale, Study, best, results_of
 from mfa_jax.config import require
 
 README = "README.md"
@@ -21,7 +21,8 @@ BEGIN, END = "<!-- results: written by `report`, not by hand -->", "<!-- end of 
 _EVIDENCE = {
     "tiny": "**No evidence of quality**: models of 0.1 M parameters after a minute of text. It shows that the study "
             "runs from end to end.",
-    "nano": "Models of 1 M parameters, trained on 13 bytes a parameter: a hint, and nothing of what large models do.",
+    "nano": "Models of 1 M parameters, trained on 2 bytes a parameter or less: a hint about the first part of "
+            "training, and nothing of what large models do.",
     "small": "Models of 30 M parameters, far from trained to the end.",
 }
 
@@ -66,14 +67,27 @@ def _section(study: Study, scale: Scale, found: Sequence[Record], folder: Path) 
     others = len({record.run for record in found}) - len(done)
     notes = [_EVIDENCE[scale.name]]
     if len(done) < len(plan):
-        notes.append(f"**{len(plan) - len(done)} of {len(plan)} planned runs are missing**; `python -m "
-                     f"experiments.studies {study.name} run --scale {scale.name}` goes on.")
+        notes.append(f"**{len(plan) - len(done)} of {len(plan)} planned runs are missing**, and the further seeds of "
+                     f"every model whose rates are not all done: {_missing(plan, done)}. Where a rate is missing, the "
+                     f"best is that of the others, and may change. `python -m experiments.studies {study.name} run "
+                     f"--scale {scale.name}` goes on.")
     if diverged:
         notes.append(f"Diverged: {', '.join(diverged)}.")
     if others:
         notes.append(f"Left out: {others} runs of other settings than the study has now.")
     body = [_how(study, scale, done), study.section(done, folder)] if done else []
     return "\n\n".join([f"### {scale.name}", " ".join(notes), *body]).strip()
+
+
+def _missing(plan: Sequence[Run], done: Sequence[Record]) -> str:
+    """Of each model the rates and seeds that are planned and not done."""
+    there, first = {record.run for record in done}, plan[0].labels["seed"]
+    missing: dict[str, list[str]] = {}
+    for run in plan:
+        if run.name not in there:
+            rate, seed = run.labels["learning_rate"], run.labels["seed"]
+            missing.setdefault(run.labels["name"], []).append(f"{rate:g}" if seed == first else f"seed {seed}")
+    return "; ".join(f"{name} ({', '.join(parts)})" for name, parts in missing.items())
 
 
 def _how(study: Study, scale: Scale, done: Sequence[Record]) -> str:
@@ -139,29 +153,42 @@ def difference(left: Sequence[float], right: Sequence[float]) -> tuple[float, fl
     return mean, float(stats.t.ppf(0.975, freedom) * math.sqrt(sum(parts)))
 
 
-def compared(left: Sequence[float], right: Sequence[float]) -> list[str]:
-    """Two cells: the difference with its interval, and whether it tells the two apart; `none` without finished runs."""
+def compared(left: Sequence[float], right: Sequence[float], seeds: int) -> list[str]:
+    """Two cells: the difference with its interval, and whether it tells the two apart.
+
+    Below `seeds` values a side, those that are planned, there is no verdict; without finished runs `none`.
+    """
     if not left or not right:
         return ["", "none"]
     mean, half = difference(left, right)
-    if math.isinf(half):
-        return [f"{mean:+.4f}", "too few seeds"]
-    return [f"{mean:+.4f} ± {half:.4f}", "not told apart" if abs(mean) <= half else "lower" if mean < 0 else "higher"]
+    cell = f"{mean:+.4f}" if math.isinf(half) else f"{mean:+.4f} ± {half:.4f}"
+    if min(len(left), len(right)) < seeds:
+        return [cell, "too few seeds"]
+    return [cell, "not told apart" if abs(mean) <= half else "lower" if mean < 0 else "higher"]
+
+
+def planned_seeds(found: Sequence[Record]) -> int:
+    """How many seeds each model of these records is to have at its best rate."""
+    return len(SCALES[found[0].scale].seeds)
 
 
 def rates_table(found: Sequence[Record]) -> str:
-    """Bits per byte on the validation books for each model and learning rate of the grid; the chosen one is bold."""
+    """Bits per byte on the validation books for each model and learning rate of the grid; the chosen one is bold.
+
+    A best rate on the edge of the grid, which may lie beyond it, is said to be there; one of an unfinished row, too.
+    """
     rates = sorted({record.labels["learning_rate"] for record in found})
     rows = []
     for name, runs in groups(found).items():
         grid = [record for record in runs if record.labels["seed"] == found[0].labels["seed"]]
         by_rate = {record.labels["learning_rate"]: record for record in grid}
         chosen = best(grid).labels["learning_rate"]
-        cells = ["" if rate not in by_rate else f"{by_rate[rate].metrics['valid_bits_per_byte']:.4f}"
+        cells = ["missing" if rate not in by_rate else f"{by_rate[rate].metrics['valid_bits_per_byte']:.4f}"
                  if by_rate[rate].outcome == "finished" else "diverged" for rate in rates]
         edge = len(rates) > 1 and chosen in (rates[0], rates[-1])
+        remarks = ["unfinished"] * (len(by_rate) < len(rates)) + ["edge of the grid"] * edge
         rows.append([name, *(f"**{c}**" if rate == chosen else c for rate, c in zip(rates, cells, strict=True)),
-                     "edge of the grid" if edge else ""])
+                     ", ".join(remarks)])
     return table(["validation", *(f"{rate:g}" for rate in rates), "best"], rows)
 
 

@@ -38,9 +38,10 @@ class Scale:
 SCALES = {scale.name: scale for scale in (
     Scale("tiny", "tiny", "books-train-xs", sequence_length=64, batch_size=16, steps=60, learning_rates=(4e-3, 8e-3),
           seeds=(0, 1), valid_batches=8, test_batches=16),
-    # 13 bytes for each parameter beside the embedding.
-    Scale("nano", "nano", "books-train-00", sequence_length=256, batch_size=64, steps=800,
-          learning_rates=(4e-3, 8e-3, 1.6e-2), valid_batches=16),
+    # 2 bytes for each parameter beside the embedding, what two CPU cores can do in hours. Small batches, so that there
+    # are many steps in them.
+    Scale("nano", "nano", "books-train-00", sequence_length=256, batch_size=8, steps=1000,
+          learning_rates=(3e-3, 6e-3, 1.2e-2), valid_batches=32),
     # About a minute a run on an H100 at a fifth of its peak; 1.5 tokens a parameter, far from trained to the end.
     Scale("small", "small", "books-train-00", sequence_length=1024, batch_size=32, steps=1500,
           learning_rates=(1e-3, 2e-3, 4e-3), dtype="bfloat16", valid_batches=16, test_batches=32),

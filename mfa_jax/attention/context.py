@@ -4,22 +4,29 @@ Causal attention of a late token costs more than that of an early one, so each o
 part: the sequence is cut into 2X chunks, and device r has chunks r and 2X - 1 - r (the zig-zag order of Llama 3, arXiv
 2407.21783, section 3.3.2). All devices then meet 2X + 1 pairs of chunks. What is gathered is one layer's keys and
 values of the whole sequence: for MFA, with one head of each, `2 C` a token, for MFA-KR only the key, `C`, for MLA its
-latent, `C + R`, for GQA `2 K H`; `capacity.sequence_exchange_bytes` counts it. The gradient is the same, scattered.
+latent, `C + R`, for GQA `2 K H`; `capacity.sequence_exchange_bytes` counts it. Back come the gradients of the keys and
+values that attention was given: for MFA and GQA as much as was gathered, for MFA-KR those of key and value, and for MLA
+those of all heads, since both are made of what was gathered before attention meets them.
+
+On a TPU each device attends with splash, which is given the order as data; elsewhere, and with ALiBi, in blocks.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mfa_jax.attention.blockwise import blockwise_attention
+from mfa_jax.attention.library import run_splash, splash_kernel
 
 AXIS = "context"
 
@@ -48,34 +55,50 @@ def splits_sequence() -> bool:
     return not mesh.empty and mesh.shape.get(AXIS, 1) > 1 and AxisType.Manual not in mesh.axis_types
 
 
+def local_implementation(platform: str, length: int, *, alibi: bool) -> str:
+    """What each device attends with: `splash` on a TPU, where it can serve (no ALiBi, chunks of whole tiles of 128
+    tokens), else `blockwise`."""
+    shards = jax.sharding.get_abstract_mesh().shape[AXIS]
+    return "splash" if platform == "tpu" and not alibi and length % (2 * shards * 128) == 0 else "blockwise"
+
+
 def context_attention(
     q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T h"], *, scale: float,
     segments: Int[Array, "B T"] | None, alibi_slopes: Float[Array, " N"] | None, rows: tuple[str, ...] | None,
-    heads: tuple[str, ...] | None,
+    heads: tuple[str, ...] | None, local: str, interpret: bool = False,
 ) -> Float[Array, "B T N h"]:
-    """`core.attend` of a whole sequence in zig-zag order, in and out, blockwise on each device.
+    """`core.attend` of a whole sequence in zig-zag order, in and out.
 
     Args:
       rows, heads: mesh axes that split the batch and the heads.
+      local: what each device attends with, `blockwise` or `splash`; `local_implementation` chooses.
+      interpret: run `splash` without a TPU, for tests.
 
     Raises:
       ValueError: as `zigzag`.
     """
-    shards = jax.sharding.get_abstract_mesh().shape[AXIS]
-    zigzag(q.shape[1], shards)
-    local = partial(_local, scale=scale, shards=shards)
-    keys = P(rows, None if k.shape[1] == 1 else heads)
+    mesh = jax.sharding.get_abstract_mesh()
+    (N, K), shards = (q.shape[2], k.shape[1]), mesh.shape[AXIS]
+    order = zigzag(q.shape[1], shards)
+    keys = P(rows, None if K == 1 else heads)
     queries = P(rows, AXIS, heads)
+    if local == "splash":
+        split = math.prod(mesh.shape[axis] for axis in heads or ()) if K == 1 else K
+        kernel = splash_kernel(order, N // split, shards, interpret=interpret)
+        kernel_at = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, AXIS)))
+    else:
+        kernel, kernel_at = None, None
     # Without the check of replication, which custom gradients do not carry.
     return jax.shard_map(
-        local, in_specs=(queries, keys, keys, P(rows, AXIS), P(rows), P(heads)), out_specs=queries, check_vma=False)(
-        q, k, v, segments, segments, alibi_slopes)
+        partial(_local, scale=scale, shards=shards),
+        in_specs=(queries, keys, keys, P(rows, AXIS), P(rows), P(heads), kernel_at), out_specs=queries,
+        check_vma=False)(q, k, v, segments, segments, alibi_slopes, kernel)
 
 
 def _local(
     q: Float[Array, "B t N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T h"],
     query_segments: Int[Array, "B t"] | None, key_segments: Int[Array, "B T"] | None,
-    slopes: Float[Array, " N"] | None, *, scale: float, shards: int,
+    slopes: Float[Array, " N"] | None, kernel: Any, *, scale: float, shards: int,
 ) -> Float[Array, "B t N h"]:
     """One device's two chunks of queries against all keys, put back in order first."""
     back = np.argsort(_chunks(shards))
@@ -86,6 +109,9 @@ def _local(
 
     k, v = in_order(k, 2), in_order(v, 2)
     key_segments = None if key_segments is None else in_order(key_segments, 1)
+    if kernel is not None:
+        segments = None if query_segments is None or key_segments is None else (query_segments, key_segments)
+        return run_splash(kernel, q, k, v, scale=scale, segments=segments)
     me, chunk = lax.axis_index(AXIS), q.shape[1] // 2
     outputs = []
     for half, place in ((slice(chunk), me), (slice(chunk, None), 2 * shards - 1 - me)):

@@ -7,7 +7,7 @@
 | `splash` | TPU | in the kernel | self-attention, segments; T a multiple of 128 |
 | `cudnn` | NVIDIA GPU | in the kernel | self-attention in 16 bits, width at most 128 (256 from Hopper on) |
 | `tokamax` | optional package | in the kernel | self-attention |
-| `context` | a mesh that splits the sequence | one block | training: self-attention in zig-zag order, segments, ALiBi |
+| `context` | a mesh that splits the sequence | as blockwise, or splash | training: zig-zag order, segments, ALiBi |
 
 `resolve` says what `auto` chooses, and why a named one can't serve. Nothing is replaced without being asked.
 """
@@ -25,15 +25,18 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from mfa_jax.attention.blockwise import blockwise_attention
-from mfa_jax.attention.context import context_attention, splits_sequence
+from mfa_jax.attention.context import context_attention, local_implementation, splits_sequence
 from mfa_jax.attention.library import cudnn_attention, splash_attention, tokamax_attention
 from mfa_jax.kernels.calls import default_device
 
 IMPLEMENTATIONS = ("dense", "blockwise", "splash", "cudnn", "tokamax", "context")
 DENSE_SCORES = 1024 * 1024
 """`auto` forms all scores at once up to this many (query, key) pairs."""
-DENSE_QUERIES_ON_CPU = 256
-"""On CPU only up to this many queries: above, blocks that stay in its caches are faster."""
+DENSE_QUERIES_ON_CPU = {"self": 128, "cached": 256}
+"""On CPU only up to this many queries: above, blocks that stay in its caches are faster.
+
+Sooner without an offset, as in training: its backward pass would read all scores back from memory.
+"""
 _BATCH_AXES = ("data", "fsdp", "expert")
 _HEAD_AXES = ("tensor",)
 
@@ -93,7 +96,7 @@ def resolve(
     """The implementation that serves such a call on such a platform (`cpu`, `gpu`, `tpu`).
 
     `auto` takes the platform's library kernel where it can serve (`splash`, `cudnn`), otherwise `dense` up to
-    `DENSE_SCORES` pairs of query and key (on CPU also `DENSE_QUERIES_ON_CPU` queries) and `blockwise` above. A named
+    `DENSE_SCORES` pairs of query and key (on CPU also `DENSE_QUERIES_ON_CPU`) and `blockwise` above. A named
     implementation is never replaced.
 
     Args:
@@ -111,8 +114,8 @@ def resolve(
         kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
         if kernel is not None and obstacle(kernel) is None:
             return kernel
-        few = T * S <= DENSE_SCORES and (platform != "cpu" or T <= DENSE_QUERIES_ON_CPU)
-        return "dense" if few else "blockwise"
+        few = platform != "cpu" or T <= DENSE_QUERIES_ON_CPU["cached" if offset else "self"]
+        return "dense" if few and T * S <= DENSE_SCORES else "blockwise"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: must be one of auto, {', '.join(IMPLEMENTATIONS)}")
     reason = obstacle(implementation)
@@ -232,7 +235,9 @@ def _split(q: Array, k: Array) -> tuple[tuple[str, ...] | None, tuple[str, ...] 
 
 def _context(q: Array, k: Array, v: Array, scale: float, offset: Any, segments: Any, slopes: Any) -> Array:
     rows, heads = _split(q, k)
-    return context_attention(q, k, v, scale=scale, segments=segments, alibi_slopes=slopes, rows=rows, heads=heads)
+    local = local_implementation(default_device().platform, q.shape[1], alibi=slopes is not None)
+    return context_attention(q, k, v, scale=scale, segments=segments, alibi_slopes=slopes, rows=rows, heads=heads,
+                             local=local)
 
 
 def _blockwise(q: Array, k: Array, v: Array, scale: float, offset: Any, segments: Any, slopes: Any) -> Array:

@@ -29,7 +29,7 @@ def factored_queries(
     """`q_n = RMSNorm(x S_q) Q_n`: the factorization that MFA and MFA-KR share; parameters land in `module`."""
     D, N, C = x.shape[-1], config.num_heads, config.latent_dim
     S_q = weight(module, "S_q", (D, config.query_rank), ("embed", "query_rank"), fan_in=D, **types)
-    Q = weight(module, "Q", (config.query_rank, N, C), ("query_rank", "heads", "latent"), fan_in=config.query_rank,
+    Q = weight(module, "Q", (config.query_rank, N, C), ("inner_rank", "heads", "latent"), fan_in=config.query_rank,
                **types)
     c_q = jnp.einsum("BTD,DQ->BTQ", x, S_q)
     if config.query_norm:

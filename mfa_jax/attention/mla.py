@@ -52,8 +52,8 @@ class MLA(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         W_DKV = weight(self, "W_DKV", (D, C), ("embed", "latent"), fan_in=D, **types)
         W_KR = weight(self, "W_KR", (D, R), ("embed", "head_dim"), fan_in=D, **types)
-        W_UK = weight(self, "W_UK", (C, N, M), ("latent", "heads", "head_dim"), fan_in=C, **types)
-        W_UV = weight(self, "W_UV", (C, N, h), ("latent", "heads", "head_dim"), fan_in=C, **types)
+        W_UK = weight(self, "W_UK", (C, N, M), ("inner_rank", "heads", "head_dim"), fan_in=C, **types)
+        W_UV = weight(self, "W_UV", (C, N, h), ("inner_rank", "heads", "head_dim"), fan_in=C, **types)
         W_O = weight(self, "W_O", (N, h, D), ("heads", "head_dim", "embed"), fan_in=N * h, scale=self.out_scale,
                      **types)
 
@@ -86,7 +86,7 @@ class MLA(nn.Module):
             W_Q = weight(self, "W_Q", (D, N, H), ("embed", "heads", "head_dim"), fan_in=D, **types)
             return to_heads(x, W_Q)
         W_DQ = weight(self, "W_DQ", (D, c.query_rank), ("embed", "query_rank"), fan_in=D, **types)
-        W_UQ = weight(self, "W_UQ", (c.query_rank, N, H), ("query_rank", "heads", "head_dim"), fan_in=c.query_rank,
+        W_UQ = weight(self, "W_UQ", (c.query_rank, N, H), ("inner_rank", "heads", "head_dim"), fan_in=c.query_rank,
                       **types)
         c_q = RMSNorm(c.norm_eps, axis="query_rank", name="q_norm", **types)(jnp.einsum("BTD,DQ->BTQ", x, W_DQ))
         return to_heads(c_q, W_UQ)

@@ -18,10 +18,17 @@ from mfa_jax.config.checks import require
 from mfa_jax.config.model import DType, ModelConfig
 from mfa_jax.config.moe import MoEConfig
 from mfa_jax.config.serialization import from_dict, load_json, to_dict, to_json
-from mfa_jax.config.training import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mfa_jax.config.training import (
+    DataConfig,
+    DistillationConfig,
+    GroupRates,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 __all__ = [
-    "VARIANTS", "AttentionConfig", "DType", "DataConfig", "GQAConfig", "MFAConfig", "MFAKRConfig", "MLAConfig",
-    "MeshConfig", "MoEConfig", "ModelConfig", "OptimizerConfig", "PositionConfig", "RopeScaling", "TrainConfig",
-    "from_dict", "load_json", "require", "to_dict", "to_json",
+    "VARIANTS", "AttentionConfig", "DType", "DataConfig", "DistillationConfig", "GQAConfig", "GroupRates", "MFAConfig",
+    "MFAKRConfig", "MLAConfig", "MeshConfig", "MoEConfig", "ModelConfig", "OptimizerConfig", "PositionConfig",
+    "RopeScaling", "TrainConfig", "from_dict", "load_json", "require", "to_dict", "to_json",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from mfa_jax.config.checks import require, require_positive
@@ -46,6 +47,27 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GroupRates:
+    """Learning rate of each group of parameters over that of the schedule. A group with 0 is frozen: its parameters
+    stay as they are, bit for bit, and have no gradient and no optimizer state."""
+
+    attention: float = 1.0
+    """All that is in attention: projections, biases, alpha, norms of latents and heads."""
+    feed_forward: float = 1.0
+    """Feed-forward, experts and routers."""
+    norms: float = 1.0
+    """The norms before attention and feed-forward, and the last one."""
+    embeddings: float = 1.0
+    """The embedding and output tables."""
+
+    def __post_init__(self) -> None:
+        rates = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, rate in rates.items():
+            require(0 <= rate < math.inf, name, rate, "must be 0 or positive")
+        require(any(rates.values()), "rates", rates, "one of them must be positive, or nothing would train")
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW or Muon, its schedule, and what bounds the update."""
 
@@ -75,6 +97,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     clip_norm: float | None = 1.0
     """Gradients are scaled down to this global norm; None for no clipping."""
+    rates: GroupRates = dataclasses.field(default_factory=GroupRates)
+    """Learning rates by group of parameters, and what is frozen."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
@@ -89,6 +113,33 @@ class OptimizerConfig:
         require(self.eps > 0, "eps", self.eps, "must be positive")
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm,
                 "must be positive, or none")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """What a run learns from another model, its teacher, in place of the text alone.
+
+    The loss of a target is `(1 - w) t^2 KL(softmax(l_teacher / t) || softmax(l / t)) + w nll`, with `t` the
+    temperature and `w` the share of the cross entropy (Hinton et al., arXiv 1503.02531), plus the weight of the hidden
+    states times the mean over layers of `|x - x_teacher|^2 / |x_teacher|^2`, `x` the residual stream after the layer.
+    """
+
+    teacher: str
+    """A Hugging Face folder, a `.gguf` file or the folder of a run; it is read anew at each start."""
+    tokenizer: str | None = None
+    """Name of the tokenizer in the teacher's folder; None for what it holds."""
+    temperature: float = 1.0
+    """t"""
+    cross_entropy: float = 0.0
+    """w, in [0, 1]"""
+    hidden: float = 0.0
+    """Weight of the hidden states; above 0 the teacher must have as many layers of the same width."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.teacher), "teacher", self.teacher, "must name a checkpoint or the folder of a run")
+        require(0 < self.temperature < math.inf, "temperature", self.temperature, "must be positive")
+        require(0 <= self.cross_entropy <= 1, "cross_entropy", self.cross_entropy, "must be in [0, 1]")
+        require(0 <= self.hidden < math.inf, "hidden", self.hidden, "must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +176,11 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    initial: str | None = None
+    """Folder of a run of the same model, with whose newest parameters this one starts; they are evaluated first. None
+    for new ones."""
+    distillation: DistillationConfig | None = None
+    """The model that this one learns from (`experiments.heal`); None to learn from the text alone."""
     steps: int = 500
     """Optimizer steps of the whole run, those of earlier starts counted in."""
     accumulate: int = 1
@@ -161,6 +217,10 @@ class TrainConfig:
         require(bool(self.workdir), "workdir", self.workdir, "must name a folder")
         require(self.eval_every >= 0, "eval_every", self.eval_every, "must not be negative")
         require(self.z_loss >= 0, "z_loss", self.z_loss, "must not be negative")
+        require(self.distillation is None or self.z_loss == 0, "z_loss", self.z_loss,
+                "must be 0 with distillation, where the teacher's logits hold those of the model")
+        require(self.initial not in ("", self.workdir), "initial", self.initial,
+                "must be the folder of another run than workdir, or none")
         require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay,
                 "must be in (0, 1), or none")
         require(self.profile is None or (len(self.profile) == 2 and self.profile[0] >= 0 and self.profile[1] >= 1),

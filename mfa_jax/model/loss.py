@@ -92,18 +92,19 @@ def _local_scores(
         top, log_partition, chosen = _chunk_logits(part[0], table, part[1], vocabulary)
         return TokenScores(chosen - log_partition, chosen >= top)
 
-    chunk = _chunk_size(B, T, table.shape[0], chunk_elements)
+    chunk = chunk_size(B, T, table.shape[0], chunk_elements)
     if chunk == T:
         return one((hidden, targets))
-    scores = jax.lax.map(one, (_split(hidden, chunk), _split(targets, chunk)))
+    scores = jax.lax.map(one, (split(hidden, chunk), split(targets, chunk)))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, -1)[:, :T], scores)
 
 
-def _chunk_size(B: int, T: int, V: int, chunk_elements: int) -> int:
+def chunk_size(B: int, T: int, V: int, chunk_elements: int) -> int:
+    """Positions whose logits are at most so many elements, at least one and at most T."""
     return max(1, min(T, chunk_elements // (B * V)))
 
 
-def _split(x: Array, chunk: int) -> Array:
+def split(x: Array, chunk: int) -> Array:
     """`[B, T, ...]` as `[chunks, B, chunk, ...]`, padded with zeros."""
     padded = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
     return padded.reshape(len(x), -1, chunk, *x.shape[2:]).swapaxes(0, 1)
@@ -115,7 +116,7 @@ def _local_sums(
 ) -> LossSums:
     """The sums of one device; `vocabulary` are the mesh axes that split the table."""
     B, T, _ = hidden.shape
-    chunk = _chunk_size(B, T, table.shape[0], chunk_elements)
+    chunk = chunk_size(B, T, table.shape[0], chunk_elements)
     if chunk == T:
         return _chunk_sums(hidden, table, targets, mask, z_loss, vocabulary)
 
@@ -125,7 +126,7 @@ def _local_sums(
         return jax.tree.map(jnp.add, sums, _chunk_sums(hidden, table, targets, mask, z_loss, vocabulary)), None
 
     zero = jnp.zeros((), jnp.float32)
-    parts = (_split(hidden, chunk), _split(targets, chunk), _split(mask, chunk))
+    parts = (split(hidden, chunk), split(targets, chunk), split(mask, chunk))
     sums, _ = jax.lax.scan(step, LossSums(zero, zero, zero), parts)
     return sums
 
@@ -143,15 +144,23 @@ def _chunk_sums(
 def _chunk_logits(
     hidden: Float[Array, "B T D"], table: Float[Array, "V D"], targets: Int[Array, "B T"], vocabulary: tuple[str, ...]
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
-    """Of the logits at each position the largest, the log of the sum of their exponentials, and the target's."""
+    """As `read_logits`, of logits that are made here."""
     logits = jnp.einsum("BTD,VD->BTV", hidden, table, preferred_element_type=jnp.float32)
+    return read_logits(logits, targets, vocabulary)
+
+
+def read_logits(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], vocabulary: tuple[str, ...]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"], Float[Array, "B T"]]:
+    """Of the logits at each position the largest, the log of the sum of their exponentials, and the target's;
+    `vocabulary` are the mesh axes that split them, from within a `shard_map`."""
     top = jax.lax.stop_gradient(logits.max(axis=-1))
     if not vocabulary:
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return top, jax.nn.logsumexp(logits, axis=-1), chosen
     top = jax.lax.pmax(top, vocabulary)
     log_partition = top + jnp.log(jax.lax.psum(jnp.exp(logits - top[..., None]).sum(axis=-1), vocabulary))
-    place = targets - jax.lax.axis_index(vocabulary) * table.shape[0]
-    here = (place >= 0) & (place < table.shape[0])
+    place = targets - jax.lax.axis_index(vocabulary) * logits.shape[-1]
+    here = (place >= 0) & (place < logits.shape[-1])
     found = jnp.take_along_axis(logits, jnp.where(here, place, 0)[..., None], axis=-1)[..., 0]
     return top, log_partition, jax.lax.psum(jnp.where(here, found, 0), vocabulary)

@@ -29,12 +29,14 @@ class Block(nn.Module):
 
     config: ModelConfig
     has_experts: bool = False
+    keep_stream: bool = False
+    """Whether the stream is handed out, too."""
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None,
         cache: Cache | None, inv_freq: Float[Array, " W"] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Cache | None, Routing | None]]:
+    ) -> tuple[Float[Array, "B T D"], tuple[Cache | None, Routing | None, Float[Array, "B T D"] | None]]:
         c = self.config
         types: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         out_scale = (2 * c.num_layers) ** -0.5 if c.depth_scaled_init else 1.0
@@ -54,7 +56,8 @@ class Block(nn.Module):
                                  exchange=c.expert_exchange, name="moe", **types)(normed, segments)
             else:
                 y = SwiGLU(c.ffn_dim, out_scale=out_scale, name="ffn", **types)(normed)
-        return x + y, (cache, routing)
+        x = x + y
+        return x, (cache, routing, x if self.keep_stream else None)
 
 
 class Segment(NamedTuple):
@@ -106,46 +109,45 @@ class _Group(nn.Module):
 
     config: ModelConfig
     pattern: tuple[bool, ...]
+    keep_stream: bool
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: Any,
         inv_freq: Float[Array, "P W"] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Any, Any]]:
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, Any, Any]]:
         outputs = []
         for j, has_experts in enumerate(self.pattern):
             own = jax.tree.map(lambda leaf: leaf[j], (cache, inv_freq))  # noqa: B023
-            x, out = rematerialised(self.config)(self.config, has_experts, name=f"block_{j}")(
-                x, positions, segments, *own)
+            block = rematerialised(self.config)(self.config, has_experts, self.keep_stream, name=f"block_{j}")
+            x, out = block(x, positions, segments, *own)
             outputs.append(out)
-        return x, tuple(_join([part for part in parts if part is not None], jnp.stack)
-                        for parts in zip(*outputs, strict=True))
+        return x, joined(outputs, jnp.stack)
 
 
 class Stack(nn.Module):
     """The layers of a model whose blocks are not all equal, segment by segment; takes and gives what the scan of a
-    model of equal blocks does: caches over all layers, routings over those that have experts."""
+    model of equal blocks does: caches and streams over all layers, routings over those that have experts."""
 
     config: ModelConfig
+    keep_stream: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None, cache: Any,
         inv_freq: Float[Array, "L W"] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Any, Any]]:
-        c, start, caches, routings = self.config, 0, [], []
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, Any, Any]]:
+        c, start, outputs = self.config, 0, []
         for s, (pattern, repeats) in enumerate(segments_of(layer_kinds(c))):
             stop = start + len(pattern) * repeats
             own = jax.tree.map(lambda leaf: leaf[start:stop].reshape(repeats, -1, *leaf.shape[1:]),  # noqa: B023
                                (cache, inv_freq))
-            group = scanned(_Group, repeats, config=c, pattern=pattern, name=f"segment_{s}")
+            group = scanned(_Group, repeats, config=c, pattern=pattern, keep_stream=self.keep_stream,
+                            name=f"segment_{s}")
             x, out = group(x, positions, segments, *own)
-            flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out)
-            caches.append(flat[0])
-            routings.append(flat[1])
+            outputs.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out))
             start = stop
-        return x, tuple(_join([part for part in parts if part is not None], jnp.concatenate)
-                        for parts in (caches, routings))
+        return x, joined(outputs, jnp.concatenate)
 
 
 def layer_kinds(config: ModelConfig) -> tuple[bool, ...]:
@@ -153,6 +155,9 @@ def layer_kinds(config: ModelConfig) -> tuple[bool, ...]:
     return tuple(i in config.moe_layers for i in range(config.num_layers))
 
 
-def _join(trees: list[Any], join: Any) -> Any:
-    """The trees leaf by leaf on their first axis, None for no trees."""
-    return jax.tree.map(lambda *leaves: join(leaves), *trees) if trees else None
+def joined(outputs: list[tuple[Any, Any, Any]], join: Any) -> tuple[Any, Any, Any]:
+    """Caches, routings and streams of several blocks, leaf by leaf on their first axis; None where none left any."""
+    kinds = [[part for part in parts if part is not None] for parts in zip(*outputs, strict=True)]
+    caches, routings, streams = (jax.tree.map(lambda *leaves: join(leaves), *parts) if parts else None
+                                 for parts in kinds)
+    return caches, routings, streams

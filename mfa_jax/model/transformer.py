@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,21 @@ from mfa_jax.config import ModelConfig
 from mfa_jax.layers import RMSNorm, at_path, partitioned, stacked_blocks
 from mfa_jax.model.embedding import look_up
 from mfa_jax.model.moe import Routing
-from mfa_jax.model.stack import Block, Stack, layer_kinds, rematerialised, scanned
+from mfa_jax.model.stack import Block, Stack, joined, layer_kinds, rematerialised, scanned
 from mfa_jax.positions import rope_frequencies
+
+
+class States(NamedTuple):
+    """What a forward pass leaves."""
+
+    hidden: Float[Array, "B T D"]
+    """The normed state that logits are read from."""
+    cache: Any
+    """The cache with these tokens in it; None without one."""
+    routing: Routing | None
+    """What the routers did: a row for each of `config.moe_layers`; None for a dense model."""
+    streams: Float[Array, "L B T D"] | None
+    """The residual stream after each layer; None unless the model keeps them."""
 
 
 class Transformer(nn.Module):
@@ -36,6 +49,8 @@ class Transformer(nn.Module):
 
     config: ModelConfig
     scan_layers: bool = True
+    keep_streams: bool = False
+    """Whether `states` has the streams."""
 
     def setup(self) -> None:
         c = self.config
@@ -47,11 +62,12 @@ class Transformer(nn.Module):
         self.final_norm = RMSNorm(c.norm_eps, jnp.dtype(c.dtype), param_dtype)
         kinds = layer_kinds(c)
         if not self.scan_layers:
-            self.layers: Any = [Block(c, has_experts) for has_experts in kinds]
+            self.layers: Any = [Block(c, has_experts, self.keep_streams) for has_experts in kinds]
         elif len(set(kinds)) == 1:
-            self.layers = scanned(rematerialised(c), c.num_layers, config=c, has_experts=kinds[0])
+            self.layers = scanned(rematerialised(c), c.num_layers, config=c, has_experts=kinds[0],
+                                  keep_stream=self.keep_streams)
         else:
-            self.layers = Stack(c)
+            self.layers = Stack(c, self.keep_streams)
 
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None,
@@ -73,14 +89,13 @@ class Transformer(nn.Module):
           segments: documents packed in a row, from 1; 0 is padding. None for one document.
           cache: as `init_cache` made it, for the same `scan_layers`; None in training.
         """
-        x, cache, _ = self.hidden_and_routing(tokens, positions, segments, cache)
-        return x, cache
+        return self.states(tokens, positions, segments, cache)[:2]
 
-    def hidden_and_routing(
+    def states(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None, cache: Any = None,
-    ) -> tuple[Float[Array, "B T D"], Any, Routing | None]:
-        """As `hidden`, with what the routers did: a row for each of `config.moe_layers`, None for a dense model."""
+    ) -> States:
+        """As `hidden`, with what else the layers left."""
         c = self.config
         if positions is None:
             start = 0 if cache is None else cache_length(cache)[:, None]
@@ -88,18 +103,17 @@ class Transformer(nn.Module):
         x = look_up(self.embed, tokens, c.dtype)
         inv_freq = layer_frequencies(c)
         if self.scan_layers:
-            x, (cache, routing) = self.layers(x, positions, segments, cache, inv_freq)
+            x, (cache, routing, streams) = self.layers(x, positions, segments, cache, inv_freq)
         else:
-            caches, routings = [], []
+            outputs = []
             for i, block in enumerate(self.layers):
-                x, (layer_cache, layer_routing) = block(
-                    x, positions, segments, None if cache is None else cache[i],
-                    None if inv_freq is None else inv_freq[i])
-                caches.append(layer_cache)
-                routings += [] if layer_routing is None else [layer_routing]
-            cache = None if cache is None else tuple(caches)
-            routing = jax.tree.map(lambda *rows: jnp.stack(rows), *routings) if routings else None
-        return self.final_norm(constrain(x, "batch", "sequence", "act_embed")), cache, routing
+                x, out = block(x, positions, segments, None if cache is None else cache[i],
+                               None if inv_freq is None else inv_freq[i])
+                outputs.append(out)
+            cache = None if cache is None else tuple(layer_cache for layer_cache, _, _ in outputs)
+            _, routing, streams = joined([(None, *rest) for _, *rest in outputs], jnp.stack)
+        x = self.final_norm(constrain(x, "batch", "sequence", "act_embed"))
+        return States(x, cache, routing, streams)
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 logits of normed states."""

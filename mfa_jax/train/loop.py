@@ -13,15 +13,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mfa_jax import axes, capacity
 from mfa_jax.config import TrainConfig, from_dict, require, to_dict, to_json
 from mfa_jax.data import Batches, Prepared, load_tokenizer, make_loader, prepare
-from mfa_jax.train import processes, run
+from mfa_jax.train import losses, processes, run
 from mfa_jax.train.checkpoint import Checkpoints, CheckpointWriteError, Restored
 from mfa_jax.train.compiling import explaining_memory, use_compilation_cache
 from mfa_jax.train.feed import Feed
 from mfa_jax.train.goodput import Goodput
+from mfa_jax.train.losses import Teacher
 from mfa_jax.train.metrics import MetricsWriter, Progress, peak_flops
 from mfa_jax.train.parts import Parts
 from mfa_jax.train.profiling import ProfileWindow
@@ -47,7 +49,10 @@ class TrainResult:
 
 
 @processes.naming_the_lost()
-def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.Device] | None = None) -> TrainResult:
+def train(
+    config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.Device] | None = None,
+    teacher: Callable[[Mesh], Teacher] | None = None,
+) -> TrainResult:
     """Trains until `config.steps`, going on from the newest intact checkpoint of `config.workdir` if there is one.
 
     SIGTERM and Ctrl-C save the step that is done and return. With several processes (`cluster.joined`) all of them
@@ -56,6 +61,7 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
     Args:
       progress: whether to show how far it is.
       devices: those of the mesh; None for all.
+      teacher: reads the model of `config.distillation` onto the mesh; None without one. It is no part of a checkpoint.
 
     Raises:
       ValueError: a config that cannot work (a batch that does not divide over the mesh, a vocabulary smaller than the
@@ -75,31 +81,31 @@ def train(config: TrainConfig, *, progress: bool = True, devices: Sequence[jax.D
             workdir = Path(config.workdir)
             folder = workdir / run.CHECKPOINTS
             checkpoints = stack.enter_context(Checkpoints(folder, keep_last=config.keep_checkpoints))
-            _require_same_run(config, checkpoints)
+            _require_startable(config, checkpoints, has_teacher=teacher is not None)
             processes.require_same("config", to_json(config))
             prepared = processes.leader_first(lambda: _open_data(config, workdir))
             processes.require_same("prepared data", to_json(prepared.meta))
         stack.enter_context(jax.set_mesh(mesh))
-        parts = Parts.build(config, mesh, prepared, goodput)
+        known = None if teacher is None else _read_teacher(config, teacher, mesh, goodput)
+        parts = Parts.build(config, mesh, prepared, goodput, known)
         stack.enter_context(explaining_memory(config, mesh.local_devices[0], parts.memory))
         with goodput.phase("restore"):
             restored = checkpoints.restore(checkpoint_items(parts.layout))
             loader = make_loader(prepared, config.data, "train", *data_shard(mesh, config.data.batch_size))
             state = _start(config, parts, restored, loader)
             start = int(state.step)
-        require(start <= config.steps, "steps", config.steps, f"the run in {config.workdir} is at step {start} already")
         leader = jax.process_index() == 0
         if leader:
             (workdir / run.CONFIG).write_text(to_json(config))
         with (
             contextlib.closing(loader),
-            MetricsWriter(workdir, start_step=start, enabled=leader) as writer,
+            MetricsWriter(workdir, start_step=-1 if restored is None else start, enabled=leader) as writer,
             Progress(config.steps, start=start, enabled=progress and leader) as bar,
             processes.stop_signals() as stop,
         ):
             if restored is not None:
                 bar.print(f"resumed at step {start} from {checkpoints.folder}")
-            loop = _Loop(config, parts, checkpoints, Feed(loader, mesh, goodput), writer, bar, goodput)
+            loop = _Loop(config, parts, checkpoints, Feed(loader, mesh, goodput), writer, bar, goodput, known)
             if restored is not None:  # failed saves are counted by start
                 loop.metrics |= {k: v for k, v in restored.meta["metrics"].items() if k != "failed_saves"}
             return loop.run(state, stop)
@@ -123,20 +129,42 @@ def _open_data(config: TrainConfig, workdir: Path) -> Prepared:
     return prepared
 
 
-def _require_same_run(config: TrainConfig, checkpoints: Checkpoints) -> None:
+def _require_startable(config: TrainConfig, checkpoints: Checkpoints, *, has_teacher: bool) -> None:
+    require(has_teacher == (config.distillation is not None), "distillation", config.distillation,
+            "must be given where a teacher is read, and only there; experiments.heal does both")
     found = checkpoints.read_meta()
     if found is not None:
         saved = from_dict(TrainConfig, found[1]["config"], f"{checkpoints.folder}/{found[0]}")
         run.require_same_model(saved.model, config.model, config.workdir)
+    elif config.initial is not None:
+        run.require_same_model(run.load_config(config.initial).model, config.model, config.initial)
 
 
 def _start(config: TrainConfig, parts: Parts, restored: Restored | None, loader: Batches) -> TrainState:
     if restored is None:
-        return parts.create()
+        return parts.create(config.initial and run.load_trained(config.initial, mesh=parts.mesh).params)
     loader.set_state(restored.meta["data"])
     items = restored.items
+    done = int(items["counters"]["step"])
+    require(done <= config.steps, "steps", config.steps, f"the run in {config.workdir} is at step {done} already")
     return TrainState(items["counters"]["step"], items["params"], items["optimizer"], items.get("ema", {}),
                       items["counters"]["rng"])
+
+
+def _read_teacher(
+    config: TrainConfig, read: Callable[[Mesh], Teacher], mesh: Mesh, goodput: Goodput
+) -> Teacher:
+    """The teacher, if the model can learn from it.
+
+    Raises:
+      ValueError: what cannot be compared, or another tokenizer.
+    """
+    with goodput.phase("restore"):
+        teacher = read(mesh)
+    losses.teacher_config(config, teacher.config)
+    own = load_tokenizer(Path(config.workdir) / run.TOKENIZER).fingerprint
+    require(teacher.tokenizer == own, "teacher tokenizer", teacher.tokenizer, f"must be that of the student, {own}")
+    return teacher
 
 
 class _Loop:
@@ -144,14 +172,18 @@ class _Loop:
 
     def __init__(
         self, config: TrainConfig, parts: Parts, checkpoints: Checkpoints, feed: Feed, writer: MetricsWriter,
-        bar: Progress, goodput: Goodput,
+        bar: Progress, goodput: Goodput, teacher: Teacher | None,
     ) -> None:
         self.config, self.parts, self.checkpoints = config, parts, checkpoints
         self.feed, self.writer, self.bar, self.goodput = feed, writer, bar, goodput
         self.metrics: dict[str, Any] = {}
         self.failed_saves = 0
-        peak = peak_flops(parts.mesh.devices.flat[0])
+        # The closed form counts every gradient: with some of them left out there is no MFU.
+        frozen = 0 in dataclasses.astuple(config.optimizer.rates)
+        peak = None if frozen else peak_flops(parts.mesh.devices.flat[0])
         self.flops = capacity.training_flops_per_token(config.model, config.data.sequence_length)
+        if teacher is not None:  # forward only
+            self.flops += capacity.training_flops_per_token(teacher.config, config.data.sequence_length) // 3
         self.peak = None if peak is None else peak * parts.mesh.size
 
     def run(self, state: TrainState, stop: Callable[[int], bool]) -> TrainResult:
@@ -172,6 +204,8 @@ class _Loop:
         """Steps until done or told to stop: the last step, the last one saved, and the state."""
         config, step, saved = self.config, int(state.step), int(state.step)
         pending: dict[str, Any] | None = None
+        if step == 0 and config.initial is not None and (before := self._evaluate(step, state)):
+            self.writer.write(step, before)
         began, steps_timed = time.perf_counter(), 0
         while step < config.steps and not stop(step):
             profile.at(step, state)

@@ -49,8 +49,9 @@ class MetricsWriter:
 
     Args:
       workdir: created if it is not there.
-      start_step: the step that the run goes on from. Lines past it (of a run that was cut off after its last
-        checkpoint), and a last line that was cut off, move to `metrics.dropped.jsonl`, so that no step is told twice.
+      start_step: the step that the run goes on from; -1 where it begins. Lines past it (of a run that was cut off
+        after its last checkpoint), and a last line that was cut off, move to `metrics.dropped.jsonl`, so that no step
+        is told twice.
       enabled: False writes nothing (every process but the first).
       tensorboard: whether to write TensorBoard events too, to `<workdir>/tensorboard`.
 

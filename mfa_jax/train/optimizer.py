@@ -2,7 +2,8 @@
 
 What happens to a parameter is decided by its name, never by its rank: with layers stacked on a leading axis a norm
 scale is two-dimensional and a projection three- or four-dimensional. A name that is not in the table is an error, so
-that a new parameter cannot slip into the wrong optimizer.
+that a new parameter cannot slip into the wrong optimizer. Its learning rate is that of its group, which the modules on
+its path decide.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import MuonDimensionNumbers
 
-from mfa_jax.config import OptimizerConfig
+from mfa_jax.config import OptimizerConfig, require
 
 _CONSISTENT_RMS = 0.2
 _STACKED = "layers"
@@ -35,6 +36,9 @@ _RANK = {**{name: 2 for name in _MATRICES}, **{name: 3 for name in (
     "W_Q", "W_K", "W_V", "W_UQ", "W_UK", "W_UV", "Q", "W_O", "O", "experts_gate", "experts_up", "experts_down")},
     "embed": 2, "unembed": 2, "scale": 1, "alpha": 1, "router_bias": 1, "b_Q": 2, "b_K": 2, "b_V": 2}
 _TABLES = ("embed", "unembed")
+# The group of `GroupRates` that a parameter is of: that of the first name on its path that is here.
+_GROUPS = {"attention": "attention", "ffn": "feed_forward", "moe": "feed_forward", "attention_norm": "norms",
+           "ffn_norm": "norms", "final_norm": "norms", **dict.fromkeys(_TABLES, "embeddings")}
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -89,6 +93,20 @@ def decay_mask(config: OptimizerConfig, abstract_params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda p, x: _checked_name(p, x) in decayed, abstract_params)
 
 
+def group_rates(config: OptimizerConfig, abstract_params: Any) -> Any:
+    """Learning rate of each parameter over that of the schedule, as its group has it; 0 for what is frozen.
+
+    Raises:
+      ValueError: a parameter of no group.
+    """
+    def one(path: tuple[Any, ...], _: Any) -> float:
+        groups = [_GROUPS[name] for name in _names(path) if name in _GROUPS]
+        require(bool(groups), "parameter", "/".join(_names(path)), f"must lie in one of {', '.join(_GROUPS)}")
+        return float(getattr(config.rates, groups[0]))
+
+    return jax.tree_util.tree_map_with_path(one, abstract_params)
+
+
 def muon_dimensions(abstract_params: Any) -> Any:
     """How Muon sees each projection as a matrix, by name; None for what stays with AdamW."""
     def one(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
@@ -100,7 +118,8 @@ def muon_dimensions(abstract_params: Any) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, abstract_params: Any) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW, or Muon for the projections and AdamW for the rest.
+    """Clipping by global norm, then AdamW, or Muon for the projections and AdamW for the rest, each parameter at the
+    rate of its group.
 
     Muon (Jordan 2024) replaces the momentum of each matrix by its nearest orthogonal one. Its update is scaled to the
     root mean square of Adam's, `0.2 sqrt(max(fan_in, fan_out))` times the orthogonal matrix (Liu et al., arXiv
@@ -110,24 +129,42 @@ def make_optimizer(config: OptimizerConfig, steps: int, abstract_params: Any) ->
       abstract_params: tree of the parameters' shapes, unboxed.
 
     Raises:
-      ValueError: a parameter whose name or rank is not known.
+      ValueError: a parameter whose name, rank or group is not known.
     """
     schedule = make_schedule(config, steps)
-    decay = decay_mask(config, abstract_params)
+    decay, rates = decay_mask(config, abstract_params), group_rates(config, abstract_params)
+    dimensions = muon_dimensions(abstract_params)
+    kinds = jax.tree.map(lambda _, rate, d: "frozen" if rate == 0 else "muon" if d and config.kind == "muon"
+                         else "adamw", abstract_params, rates, dimensions)
 
     def adamw(mask: Any) -> optax.GradientTransformation:
         return optax.adamw(schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay,
                            mask=mask)
 
-    if config.kind == "adamw":
+    def muon(dimensions: Any) -> optax.GradientTransformation:
+        return optax.contrib.muon(schedule, weight_decay=config.weight_decay, consistent_rms=_CONSISTENT_RMS,
+                                  muon_weight_dimension_numbers=dimensions)
+
+    found = set(jax.tree.leaves(kinds))
+    if found == {"adamw"}:
         update = adamw(decay)
     else:
-        dimensions = muon_dimensions(abstract_params)
-        kinds = jax.tree.map(lambda _, d: "adamw" if d is None else "muon", abstract_params, dimensions)
-        muon = optax.contrib.muon(schedule, weight_decay=config.weight_decay, consistent_rms=_CONSISTENT_RMS,
-                                  muon_weight_dimension_numbers=_masked(dimensions, kinds, "muon"))
-        update = optax.partition({"muon": muon, "adamw": adamw(_masked(decay, kinds, "adamw"))}, kinds)
-    return update if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+        each = {"muon": lambda: muon(_masked(dimensions, kinds, "muon")),
+                "adamw": lambda: adamw(_masked(decay, kinds, "adamw")), "frozen": optax.set_to_zero}
+        update = optax.partition({kind: make() for kind, make in each.items() if kind in found}, kinds)
+    if config.clip_norm is not None:
+        update = optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    return _with_rates(update, rates)
+
+
+def _with_rates(optimizer: optax.GradientTransformation, rates: Any) -> optax.GradientTransformation:
+    """The updates times the rates, weight decay included: as if the learning rate were that much larger. The state is
+    that of `optimizer`, so that a run may go on with other rates."""
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, state, params)
+        return jax.tree.map(lambda u, rate: u if rate in (0, 1) else u * rate, updates, rates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
 
 
 def _masked(tree: Any, kinds: Any, kind: str) -> Any:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +56,39 @@ def load_trained(
     Raises:
       ValueError: no run there, no checkpoint, no moving average in it, or a model other than the one that was saved.
     """
-    workdir = Path(workdir)
-    folder = workdir / CHECKPOINTS
-    require(folder.is_dir(), "workdir", str(workdir), f"holds no run: there is no folder {CHECKPOINTS}")
-    with Checkpoints(folder, read_only=True) as checkpoints:
-        found = checkpoints.read_meta(step)
-        require(found is not None, "workdir", str(workdir), "holds no finished checkpoint yet")
-        assert found is not None
-        config = from_dict(TrainConfig, found[1]["config"], f"{folder}/{found[0]}")
+    with _opened(workdir) as checkpoints:
+        config = _saved_config(checkpoints, step)
         require(not ema or config.ema_decay is not None, "ema", True, "the run kept no moving average (ema_decay)")
         model = Transformer(config.model)
         mesh = mesh or axes.make_mesh((1,) * len(axes.MESH_AXES), jax.devices()[:1])
         item = "ema" if ema else "params"
         restored = checkpoints.restore({item: abstract_params(model, mesh)}, step)
     assert restored is not None
-    return Trained(model, restored.items[item], load_tokenizer(workdir / TOKENIZER), config, restored.step,
+    return Trained(model, restored.items[item], load_tokenizer(Path(workdir) / TOKENIZER), config, restored.step,
                    restored.skipped)
+
+
+def load_config(workdir: str | Path) -> TrainConfig:
+    """The config that the newest checkpoint of a run was saved with.
+
+    Raises:
+      ValueError: no run there, or no checkpoint.
+    """
+    with _opened(workdir) as checkpoints:
+        return _saved_config(checkpoints, None)
+
+
+def _opened(workdir: str | Path) -> Checkpoints:
+    folder = Path(workdir) / CHECKPOINTS
+    require(folder.is_dir(), "workdir", str(workdir), f"holds no run: there is no folder {CHECKPOINTS}")
+    return Checkpoints(folder, read_only=True)
+
+
+def _saved_config(checkpoints: Checkpoints, step: int | None) -> TrainConfig:
+    found = checkpoints.read_meta(step)
+    if found is None:
+        raise ValueError(f"workdir={os.fspath(checkpoints.folder.parent)!r}: holds no finished checkpoint yet")
+    return from_dict(TrainConfig, found[1]["config"], f"{checkpoints.folder}/{found[0]}")
 
 
 def abstract_params(model: Transformer, mesh: Mesh) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,13 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from mfa_jax import axes
-from mfa_jax.attention import context
 from mfa_jax.config import TrainConfig, require
 from mfa_jax.layers import at_path, stacked_blocks
-from mfa_jax.model.loss import cross_entropy
-from mfa_jax.model.transformer import Transformer, init_params, unembedding
+from mfa_jax.model.transformer import Transformer, init_params
 from mfa_jax.train import experts
-from mfa_jax.train.optimizer import state_shardings
+from mfa_jax.train.losses import BatchSums, Loss, batch_loss
+from mfa_jax.train.optimizer import group_rates, state_shardings
 
 BATCH_SPEC = axes.RULES.spec("batch")
 
@@ -53,101 +52,55 @@ def state_layout(config: TrainConfig, model: Transformer, optimizer: optax.Gradi
 
 
 def create_state(
-    config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation, layout: Any
+    config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation, layout: Any, params: Any = None
 ) -> TrainState:
-    """The state at step 0, made where it belongs: only what is replicated is ever whole on one device or host."""
+    """The state at step 0, made where it belongs: only what is replicated is ever whole on one device or host.
+
+    Args:
+      params: those it starts with; None for new ones.
+    """
     where = jax.tree.map(lambda leaf: leaf.sharding, layout)
-    return jax.jit(_state_from_key(config, model, optimizer), out_shardings=where)(jax.random.key(config.seed))
+    create = jax.jit(_state_from_key(config, model, optimizer), out_shardings=where)
+    return create(jax.random.key(config.seed), params)
 
 
 def _state_from_key(config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation) -> Callable:
-    def create(key: Key[Array, ""]) -> TrainState:
-        params = nn.unbox(init_params(model, key))
+    def create(key: Key[Array, ""], params: Any = None) -> TrainState:
+        params = nn.unbox(init_params(model, key)) if params is None else params
         ema = jax.tree.map(jnp.copy, params) if config.ema_decay is not None else {}
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jax.random.fold_in(key, 1))
 
     return create
 
 
-class BatchSums(NamedTuple):
-    """Sums over a batch or a part of it; those of the parts add up to those of the whole."""
-
-    loss: Float[Array, ""]
-    """What is minimised, in nats: `nll`, the z term, and the balance loss a target."""
-    nll: Float[Array, ""]
-    """Negative log-likelihood in nats."""
-    tokens: Float[Array, ""]
-    """Targets that count."""
-    routing: experts.RoutingSums | None
-    """Of the layers that have experts; None for a dense model."""
-
-
-def batch_loss(config: TrainConfig, model: Transformer, params: Any, batch: Any) -> BatchSums:
-    """Sums of the loss over the targets of a batch (`inputs`, `targets`, `positions`, `segments`, `mask`)."""
-    model, batch = _split_sequence(model, batch)
-    inputs = batch["inputs"], batch["positions"], batch["segments"]
-    output: Any = model.apply({"params": params}, *inputs, method="hidden_and_routing")
-    hidden, _, routing = output
-    table = unembedding(params, config.model)
-    sums = cross_entropy(hidden, table, batch["targets"], batch["mask"] > 0, config.z_loss)
-    if routing is None:
-        return BatchSums(*sums, None)
-    assert config.model.moe is not None
-    routed = experts.routing_sums(routing, jnp.sum(batch["mask"] > 0, axis=1))
-    return BatchSums(sums.loss + config.model.moe.balance_loss * jnp.sum(routed.balance), sums.nll, sums.tokens, routed)
-
-
-def _split_sequence(model: Transformer, batch: Any) -> tuple[Transformer, Any]:
-    """Where the mesh splits the sequence: the batch in zig-zag order, and the model that takes it so.
-
-    Nothing but attention asks where a token stands; its position and segment travel with it.
-    """
-    if not context.splits_sequence() or model.config.attention_implementation not in ("auto", "context"):
-        return model, batch
-    order = context.zigzag(batch["inputs"].shape[1], jax.sharding.get_abstract_mesh().shape["context"])
-    batch = {name: axes.constrain(x[:, order], "batch", "sequence") for name, x in batch.items()}
-    return Transformer(dataclasses.replace(model.config, attention_implementation="context")), batch
-
-
 def make_train_step(
-    config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation, schedule: optax.Schedule
-) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
-    """One update: `step(state, batch) -> state, metrics`, to be jitted with the state donated.
+    config: TrainConfig, model: Transformer, optimizer: optax.GradientTransformation, schedule: optax.Schedule,
+    loss: Loss | None = None,
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """One update: `step(state, batch, *given) -> state, metrics`, to be jitted with the state donated.
 
     The gradient is that of the mean over all targets of the batch, whatever `accumulate` is (but for a balance loss
     over the batch, which is over a part of it then). After the update the selection biases of routers move. A step
     that meets a number that is not finite leaves the state as it was and says so: `bad_leaf` is the index in
     `watched_leaves` of the first gradient or update with such a number, or -1.
+
+    Args:
+      loss: is handed `given`; None for `batch_loss`, which takes nothing.
+
+    Raises:
+      ValueError: a config with a teacher, and no loss that asks it.
     """
-    def gradient(params: Any, batch: Any) -> tuple[BatchSums, Any]:
-        def loss(params: Any) -> tuple[Float[Array, ""], BatchSums]:
-            sums = batch_loss(config, model, params, batch)
-            return sums.loss, sums
+    require(loss is not None or config.distillation is None, "distillation", config.distillation,
+            "needs a loss that asks the teacher")
+    gradient = _accumulated(config, functools.partial(batch_loss, config, model) if loss is None else loss)
 
-        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return sums, grads
-
-    def accumulated(params: Any, batch: Any) -> tuple[BatchSums, Any]:
-        if config.accumulate == 1:
-            return gradient(params, batch)
-        # Part i takes every accumulate-th row: each device's rows stay on it.
-        parts = jax.tree.map(lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            part = jax.tree.map(lambda x: axes.constrain(x, "batch", None), part)
-            return jax.tree.map(jnp.add, total, gradient(params, part)), None
-
-        one = jax.tree.map(lambda x: x[0], parts)
-        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, one))
-        return jax.lax.scan(add, start, parts)[0]
-
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        sums, grads = accumulated(state.params, batch)
+    def step(state: TrainState, batch: Any, *given: Any) -> tuple[TrainState, dict[str, Array]]:
+        sums, grads = gradient(state.params, batch, *given)
         count = jnp.maximum(sums.tokens, 1)
         grads = jax.tree.map(lambda g: g / count, grads)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        if sums.routing is not None:
+        if sums.routing is not None and config.optimizer.rates.feed_forward > 0:
             params = experts.balance_biases(params, config.model, sums.routing.counts)
         ema = state.ema
         if config.ema_decay is not None:
@@ -157,11 +110,43 @@ def make_train_step(
         metrics = {
             "loss": sums.nll / count, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates),
             "param_norm": optax.tree.norm(params), "learning_rate": schedule(state.step), "targets": sums.tokens,
-            "bad_leaf": bad_leaf, **_alpha_norms(params), **experts.metrics(config.model, sums.routing, count),
+            "bad_leaf": bad_leaf, **{name: total / count for name, total in sums.terms.items()},
+            **_alpha_norms(params), **experts.metrics(config.model, sums.routing, count),
         }
         return _where(bad_leaf < 0, moved, state), metrics
 
     return step
+
+
+def _accumulated(config: TrainConfig, loss: Loss) -> Callable[..., tuple[BatchSums, Any]]:
+    """`gradient(params, batch, *given)`: the sums of a batch and their gradient, made in `config.accumulate` parts.
+
+    That of a frozen parameter is zero; no backward pass is made for it.
+    """
+    def one(params: Any, batch: Any, *given: Any) -> tuple[BatchSums, Any]:
+        rates = group_rates(config.optimizer, params)
+
+        def value(params: Any) -> tuple[Float[Array, ""], BatchSums]:
+            trained = jax.tree.map(lambda x, rate: x if rate else jax.lax.stop_gradient(x), params, rates)
+            sums = loss(trained, batch, *given)
+            return sums.loss, sums
+
+        (_, sums), grads = jax.value_and_grad(value, has_aux=True)(params)
+        return sums, grads
+
+    def many(params: Any, batch: Any, *given: Any) -> tuple[BatchSums, Any]:
+        # Part i takes every accumulate-th row: each device's rows stay on it.
+        parts = jax.tree.map(lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            part = jax.tree.map(lambda x: axes.constrain(x, "batch", None), part)
+            return jax.tree.map(jnp.add, total, one(params, part, *given)), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, params, first, *given))
+        return jax.lax.scan(add, start, parts)[0]
+
+    return one if config.accumulate == 1 else many
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -171,7 +156,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
             for name in ("inputs", "targets", "positions", "segments", "mask")}
 
 
-def jit_step(step: Callable[[TrainState, Any], Any], layout: TrainState) -> Any:
+def jit_step(step: Callable[..., Any], layout: TrainState) -> Any:
     """A step compiled for states of that layout, which it takes over; every process has all of its metrics."""
     where = jax.tree.map(lambda leaf: leaf.sharding, layout)
     return jax.jit(step, donate_argnums=0, out_shardings=(where, layout.step.sharding))

@@ -37,7 +37,8 @@ def section(found: Sequence[Record], folder: Path) -> str:
                      report.spread(report.values(runs))])
     losses = report.table(["variant", "heads", "parameters", "cached bytes a token (bfloat16, measured)",
                            "learning rate", "bits per byte on books-test"], rows)
-    pairs = [[f"{left} - {right}", *report.compared(report.values(chosen[left]), report.values(chosen[right]))]
+    seeds = report.planned_seeds(found)
+    pairs = [[f"{left} - {right}", *report.compared(report.values(chosen[left]), report.values(chosen[right]), seeds)]
              for left, right in PAIRS if left in chosen and right in chosen]
     differences = report.table(["difference, bits per byte", "mean, 95 % interval", "loss of the first"], pairs)
     return "\n\n".join([losses, differences, report.rates_table(found), _picture(chosen, folder, found[0].scale)])

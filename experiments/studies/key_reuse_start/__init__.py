@@ -27,19 +27,23 @@ STARTS: dict[str, dict[str, float]] = {
     "zero, N_kr x 3": {"n_kr_init_scale": 3.0},
 }
 """Settings of MFA-KR by name, what matters most first; the first is the default."""
+FIRST = ("zero", "one", "V = K", "free")
+"""These are run to their last seed before the others begin: the paper's start, and what it is to be better than."""
 FACTORS = (1, 4, 16, 64)
 """Learning rates over the lowest of the scale's grid."""
 STABLE = 1.05
 """A rate is stable when the final loss is at most this times that of the start's best rate."""
-SPIKE = 0.3
-"""Nats above the lowest loss so far."""
+SPIKE, BEFORE = 0.5, 9
+"""A spike is a logged loss so many nats above the median of so many before it: several times the noise of a batch."""
 
 
 def plan(scale: Scale, results: Results) -> list[Run]:
-    """Every start, and MFA beside them, over rates four times apart; half the steps, gradients watched."""
+    """Every start, and MFA beside them, over rates four times apart; a quarter of the steps, gradients watched."""
     rates = tuple(scale.learning_rates[0] * factor for factor in FACTORS)
-    scale = dataclasses.replace(scale, steps=scale.steps // 2, learning_rates=rates)
-    return tuned(scale, models(scale), results, log_every=max(scale.steps // 80, 1))
+    scale = dataclasses.replace(scale, steps=scale.steps // 4, learning_rates=rates)
+    found = models(scale)
+    parts = ({name: found[name] for name in FIRST}, {name: m for name, m in found.items() if name not in FIRST})
+    return [run for part in parts for run in tuned(scale, part, results, log_every=max(scale.steps // 80, 1))]
 
 
 def models(scale: Scale) -> dict[str, ModelConfig]:
@@ -51,22 +55,27 @@ def models(scale: Scale) -> dict[str, ModelConfig]:
 
 
 def section(found: Sequence[Record], folder: Path) -> str:
-    """Loss at each start's best rate, the largest stable rate, gradients and spikes; the grid; curves."""
-    rows = []
+    """Loss at each start's best rate, the largest stable rate; gradients and spikes at each rate; the grid; curves."""
+    rows, watched = [], []
     groups = report.groups(found)
     zero = groups.get("zero")
     default = report.values(report.at_best_rate(zero)) if zero else []
+    rates = sorted({run.labels["learning_rate"] for run in found})
     for name, runs in groups.items():
         chosen = report.at_best_rate(runs)
-        watched = chosen[0] if chosen else runs[0]
         losses = report.values(chosen)
-        against = ["", ""] if name == "zero" else report.compared(losses, default)
-        rows.append([name, f"{watched.labels['learning_rate']:g}", report.spread(losses), *against,
-                     stable_rate(runs), *watch(watched)])
+        against = ["", ""] if name == "zero" else report.compared(losses, default, report.planned_seeds(found))
+        rows.append([name, f"{chosen[0].labels['learning_rate']:g}" if chosen else "none", report.spread(losses),
+                     *against, stable_rate(runs)])
+        grid = {run.labels["learning_rate"]: run for run in runs if run.labels["seed"] == found[0].labels["seed"]}
+        each = [watch(grid[rate]) if rate in grid else ["missing"] * 3 for rate in rates]
+        watched.append([name, *(", ".join(cells) for cells in zip(*each, strict=True))])
     table = report.table(
         ["start", "best rate", "bits per byte on books-test", "against zero, 95 % interval", "loss against zero",
-         "largest stable rate", "gradient norm, first logged", "largest after warm-up", "loss spikes"], rows)
-    return "\n\n".join([table, report.rates_table(found), _picture(found, folder)])
+         "largest stable rate"], rows)
+    watches = report.table(["at each rate, lowest first", "gradient norm, first logged", "largest after warm-up",
+                            "loss spikes"], watched)
+    return "\n\n".join([table, watches, report.rates_table(found), _picture(found, folder)])
 
 
 def stable_rate(runs: Sequence[Record]) -> str:
@@ -80,18 +89,17 @@ def stable_rate(runs: Sequence[Record]) -> str:
 
 
 def watch(run: Record) -> list[str]:
-    """Three cells: the first gradient norm logged, the largest past the warm-up, and how often the loss jumped up."""
+    """Three cells of a run: the first gradient norm logged, the largest past the warm-up, how often the loss jumped."""
     points = [(step, loss, norm) for step, loss, norm in zip(
         run.curve["step"], run.curve["loss"], run.curve["grad_norm"], strict=True) if None not in (loss, norm)]
     warm = run.config["optimizer"]["warmup_steps"]
     later = [point for point in points if point[0] > warm]
-    lowest, spikes, high = float("inf"), 0, False
-    for _, loss, _ in later:
-        lowest = min(lowest, loss)
-        spikes += not high and loss > lowest + SPIKE
-        high = loss > lowest + SPIKE
-    first = f"{points[0][2]:.2f}" if points else ""
-    return [first, f"{max(norm for _, _, norm in later):.2f}" if later else "", str(spikes)]
+    losses, spikes, high = [loss for _, loss, _ in later], 0, False
+    for i in range(BEFORE, len(losses)):
+        was, high = high, losses[i] > float(np.median(losses[i - BEFORE:i])) + SPIKE
+        spikes += high and not was
+    first = f"{points[0][2]:.2f}" if points else "none"
+    return [first, f"{max(norm for _, _, norm in later):.2f}" if later else "none", str(spikes)]
 
 
 def _picture(found: Sequence[Record], folder: Path) -> str:

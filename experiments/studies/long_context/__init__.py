@@ -54,6 +54,8 @@ def section(found: Sequence[Record], folder: Path) -> str:
     """Bits by position, of the needle, and held, for each variant at its best rate."""
     chosen = {name: report.at_best_rate(runs) for name, runs in report.groups(found).items()}
     chosen = {name: runs for name, runs in chosen.items() if runs}
+    if not chosen:
+        return report.rates_table(found)
     edges = next(iter(chosen.values()))[0].metrics["position_edges"]
     header = ["bits per byte at positions", *(f"{a} to {b - 1}" for a, b in zip(edges, edges[1:], strict=False))]
     positions = report.table(header, [[name, *cells(runs, "position_bits")] for name, runs in chosen.items()])

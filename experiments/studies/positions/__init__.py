@@ -58,10 +58,10 @@ def name_of(factor: int) -> str:
 def section(found: Sequence[Record], folder: Path) -> str:
     """Loss by length of the window, each against rope of the same variant at the trained length."""
     chosen = {name: report.at_best_rate(runs) for name, runs in report.groups(found).items()}
-    rows = []
+    rows, seeds = [], report.planned_seeds(found)
     for name, runs in chosen.items():
         rope = chosen.get(f"{name.split()[0]} rope", [])
-        against = report.compared(report.values(runs), report.values(rope)) if runs is not rope else ["", ""]
+        against = ["", ""] if runs is rope else report.compared(report.values(runs), report.values(rope), seeds)
         rows.append([name, *(report.spread(report.values(runs, name_of(factor))) for factor in LENGTHS), *against])
     table = report.table(["variant and encoding", *(f"bits per byte, {factor}x" for factor in LENGTHS),
                           "against rope at 1x, 95 % interval", "loss against rope"], rows)
@@ -79,7 +79,8 @@ def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
         axes.set_xticks(LENGTHS, [f"{factor}x" for factor in LENGTHS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        if axes.lines:
+            axes.legend(fontsize=7)
     figure.axes[0].set_ylabel(f"bits per byte on books-test ({scale})")
     return report.save(figure, folder / f"{scale}.png")
 

@@ -54,21 +54,21 @@ def section(found: Sequence[Record], folder: Path) -> str:
     for name, by_size in chosen.items():
         rows.append([name, *(report.spread(report.values(by_size.get(size, []))) for size in sizes)])
         exponents.append([name, *exponent([run for runs in by_size.values() for run in runs])])
-    best = [best_width(chosen, size) for size in sizes]
+    best = [best_width(chosen, size, report.planned_seeds(found)) for size in sizes]
     table = report.table(["bits per byte on books-test", *(f"D = {size}" for size in sizes)],
                          [*rows, ["best width of MFA", *best]])
     fits = report.table(["loss = a P^-b", "b, 95 % interval", "residual, bits per byte"], exponents)
     return "\n\n".join([table, fits, report.rates_table(found), _picture(chosen, folder, found[0].scale)])
 
 
-def best_width(chosen: dict[str, dict[int, list[Record]]], size: int) -> str:
+def best_width(chosen: dict[str, dict[int, list[Record]]], size: int, seeds: int) -> str:
     """The width of MFA with the lowest mean loss at a size, and how it compares with the paper's, 2H."""
     losses = {name: report.values(chosen.get(name, {}).get(size, [])) for name in WIDTHS}
     means = {name: float(np.mean(values)) for name, values in losses.items() if values}
     winner = min(means, key=means.__getitem__, default="none")
     if winner in ("none", "mfa"):
         return winner
-    return f"{winner} (against 2H: {report.compared(losses[winner], losses['mfa'])[1]})"
+    return f"{winner} (against 2H: {report.compared(losses[winner], losses['mfa'], seeds)[1]})"
 
 
 def family(record: Record) -> str:
@@ -102,7 +102,7 @@ def exponent(runs: Sequence[Record]) -> list[str]:
 def _picture(chosen: dict[str, dict[int, list[Record]]], folder: Path, scale: str) -> str:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    ticks = [parameters(runs[0]) for runs in next(iter(chosen.values())).values() if runs]
+    ticks = {size: parameters(runs[0]) for by_size in chosen.values() for size, runs in by_size.items() if runs}
     for name, by_size in chosen.items():
         groups = [runs for runs in by_size.values() if runs]
         points = [(parameters(runs[0]), float(np.mean(report.values(runs)))) for runs in groups]
@@ -111,7 +111,7 @@ def _picture(chosen: dict[str, dict[int, list[Record]]], folder: Path, scale: st
                 axes.plot(*zip(*points, strict=True), "o-", label=name)
     for axes, title in ((left, "variants"), (right, "widths of MFA")):
         axes.set(xscale="log", xlabel="parameters beside the embedding", title=title)
-        axes.set_xticks(ticks, [f"{tick / 1e6:.2g} M" for tick in ticks])
+        axes.set_xticks(list(ticks.values()), [f"{tick / 1e6:.2g} M" for tick in ticks.values()])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

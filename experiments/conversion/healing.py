@@ -1,0 +1,154 @@
+"""How much of a conversion's loss healing takes back, against the tokens that it was healed on.
+
+    python -m experiments.conversion.healing texts --out runs/heal-text
+    python -m experiments.heal --teacher model.gguf --student runs/converted --workdir runs/healed \
+        --data.source runs/heal-text/train --data.held-out-source runs/heal-text/valid --eval-batches 100 --steps 500
+    python -m experiments.conversion.healing curve --run "MFA-KR, 192"=runs/healed
+
+`texts` makes the text of such runs from the validation text of WikiText-2, of which the end is held out, and from
+training books, with pieces of validation books held out; no test text is read. `curve` writes `healing.json`
+and `healing.png` from the `metrics.jsonl` of runs. Texts are read in the folder that MFA_JAX_DATA names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from matplotlib.figure import Figure
+
+from experiments import cli
+from experiments.studies import corpus
+from mfa_jax.config import TrainConfig, load_json, require, to_dict
+from mfa_jax.convert.files import appearing, require_free
+from mfa_jax.data import documents
+from mfa_jax.train.run import CONFIG
+
+RESULTS = Path(__file__).parents[1] / "results" / "conversion"
+WIKI, VALID = "wikitext2-valid", "books-valid"
+_MEASURES = ("kl", "loss", "teacher_loss", "bits_per_byte")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextsConfig:
+    """The text that runs are healed on, and what they are evaluated on in between."""
+
+    out: str
+    """Folder that is written, with `train` and `valid` in it; must not exist yet, or be empty."""
+    books: str = "books-train-xs"
+    """Name of the text with the training books."""
+    characters: int = 90_000
+    """So much of each training book, from its beginning."""
+    held_out: int = 4
+    """Pieces of each kind of text that are held out."""
+    piece: int = 4_500
+    """Characters of such a piece, about a thousand tokens."""
+
+    def __post_init__(self) -> None:
+        for name in ("characters", "held_out", "piece"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class CurveConfig:
+    """The runs of a picture."""
+
+    run: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    """NAME=FOLDER of a healing run; may be given several times."""
+    results: str = str(RESULTS)
+    """Folder that is written to."""
+
+
+def texts(config: TextsConfig) -> Path:
+    """Writes the folder; it appears when it is complete.
+
+    Raises:
+      ValueError: the folder is taken, a text is missing, or there is too little of one.
+    """
+    out = Path(config.out)
+    require_free(out)
+    wiki = "\n".join(document.text for document in documents(str(corpus.find(WIKI))))
+    held = config.held_out * config.piece
+    require(len(wiki) >= 5 * held, "held_out", config.held_out, f"{WIKI} has {len(wiki)} characters, of which a fifth")
+    cut = len(wiki) - len(wiki) // 5
+    span = (len(wiki) - cut) // config.held_out
+    pieces = [wiki[cut + i * span :][: config.piece] for i in range(config.held_out)]
+    # From the middle: conversions are calibrated on beginnings.
+    books = [document.text[len(document.text) // 2 :][: config.piece]
+             for document in documents(str(corpus.find(VALID)))][: config.held_out]
+    require(len(books) == config.held_out, "held_out", config.held_out, f"{VALID} has {len(books)} books")
+    train = [document.text[: config.characters] for document in documents(str(corpus.find(config.books)))]
+    with appearing(out) as partial:
+        for folder, parts in (("train", [*train, wiki[:cut]]), ("valid", [*pieces, *books])):
+            (partial / folder).mkdir()
+            (partial / folder / "text.txt").write_text("\0".join(parts), encoding="utf-8")
+    return out
+
+
+def read_curve(folder: str) -> dict[str, Any]:
+    """The settings of a run, and its held-out measures against the tokens that it had trained on.
+
+    Raises:
+      ValueError: no healing run there, or it evaluated nothing.
+    """
+    config = load_json(TrainConfig, Path(folder) / CONFIG)
+    require(config.distillation is not None, "run", folder, "is no healing run: its config has no distillation")
+    metrics = Path(folder) / "metrics.jsonl"
+    require(metrics.is_file(), "run", folder, "has no metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    a_step = config.data.batch_size * config.data.sequence_length
+    points = [{"tokens": line["step"] * a_step, **{name: line[f"eval_{name}"] for name in _MEASURES}}
+              for line in lines if "eval_kl" in line]
+    require(len(points) >= 2, "run", folder, f"evaluated {len(points)} times; a curve takes two")
+    rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    model = config.model
+    return {"attention": to_dict(model.attention), "optimizer": to_dict(config.optimizer),
+            "distillation": {name: value for name, value in to_dict(config.distillation).items() if name != "teacher"},
+            "batch_size": config.data.batch_size, "sequence_length": config.data.sequence_length,
+            "steps": config.steps, "dtype": model.dtype, "tokens_per_second": sorted(rates)[len(rates) // 2],
+            "points": points}
+
+
+def curve(config: CurveConfig) -> Path:
+    """Writes `healing.json` and `healing.png`."""
+    named = [item.rpartition("=") for item in config.run]
+    for name, _, workdir in named:
+        require(bool(name), "run", workdir, "must be NAME=FOLDER")
+    runs = {name: read_curve(workdir) for name, _, workdir in named}
+    folder = Path(config.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    divergence, loss = figure.subplots(1, 2)
+    for name, found in runs.items():
+        tokens = [point["tokens"] for point in found["points"]]
+        divergence.plot(tokens, [point["kl"] for point in found["points"]], marker="o", markersize=3, label=name)
+        loss.plot(tokens, [point["loss"] for point in found["points"]], marker="o", markersize=3, label=name)
+    loss.axhline(next(iter(runs.values()))["points"][0]["teacher_loss"], color="black", linewidth=1)
+    divergence.set(xlabel="tokens", ylabel="KL from the original, nats a token", ylim=(0, None))
+    loss.set(xlabel="tokens", ylabel="held-out loss, nats a token", title="black: the original")
+    for axes in (divergence, loss):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(folder / "healing.png", dpi=120)
+    (folder / "healing.json").write_text(json.dumps(runs, indent=1) + "\n")
+    return folder
+
+
+def main() -> None:
+    action, *flags = sys.argv[1:] or ["--help"]
+    if action in ("-h", "--help"):
+        print(__doc__)
+        return
+    require(action in ("texts", "curve"), "action", action, "must be texts or curve")
+    if action == "texts":
+        print(f"written: {texts(cli.parse(TextsConfig, flags))}")
+    else:
+        print(f"written: {curve(cli.parse(CurveConfig, flags))}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
