@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from experiments.conversion.rows import KINDS, ORIGINAL
@@ -179,9 +180,12 @@ def _pictures(model: str, rows: Sequence[Measured], original: Measured, folder: 
         for key, members in curves.items():
             values = [perplexity_ratio(row.texts[name], original.texts[name]) for row in members]
             _curve(axes, key, members, values)
+        axes.plot(original.cached_elements[1], 1, "k*", markersize=10)
         axes.axhline(1, color="black", linewidth=1)
         axes.set(xlabel="cached elements a token and layer", ylabel="perplexity over the original's", title=name,
                  yscale="log")
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(ticker.ScalarFormatter())
     found = [_save(figure, model, "quality", folder)]
     if original.tasks:
         figure = Figure(figsize=(6.5, 4.5), layout="constrained")
