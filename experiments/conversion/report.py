@@ -184,8 +184,8 @@ def _pictures(model: str, rows: Sequence[Measured], original: Measured, folder: 
         axes.axhline(1, color="black", linewidth=1)
         axes.set(xlabel="cached elements a token and layer", ylabel="perplexity over the original's", title=name,
                  yscale="log")
-        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which(ticker.ScalarFormatter())
+        axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(1, 0.4)))  # none over several decades
     found = [_save(figure, model, "quality", folder)]
     if original.tasks:
         figure = Figure(figsize=(6.5, 4.5), layout="constrained")
