@@ -79,7 +79,7 @@ def _describe(error: Exception) -> str:
 
 def parse(
     config_type: type[C], argv: Sequence[str] | None = None, *, default: C | None = None,
-    presets: Callable[[str], Any] | None = None,
+    presets: Callable[[str], Any] | None = None, about: str = "",
 ) -> C:
     """A `config_type` from, in this order, `default`, `--preset NAME`, `--config FILE.json`, and flags.
 
@@ -94,13 +94,15 @@ def parse(
       argv: arguments, `sys.argv[1:]` if None.
       default: where the fields start, `config_type()` if None.
       presets: from a preset's name to a model config; without it there is no special `--preset`.
+      about: what `--help` says behind the type's docstring.
 
     Raises:
       ValueError: an unknown flag or field, a value of another type, or what the config itself refuses.
       SystemExit: code 0 after `--help`.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    description = f"{config_type.__doc__}\n\n--config FILE.json starts from a saved config; flags override it."
+    description = "\n\n".join(filter(None, (
+        config_type.__doc__, about, "--config FILE.json starts from a saved config; flags override it.")))
     start: Any = default
     if presets is not None:
         args, preset = take(args, "--preset")

@@ -10,7 +10,7 @@ the share of the cross entropy and the weight of the hidden states, layer by lay
 rates by group of parameters; 0 freezes one. Settings come from the student and the defaults for healing, then
 `--config FILE.json`, then the flags, which are those of `experiments.train`; so are stopping, going on, meshes and
 several hosts. `--teacher` (a Hugging Face folder, a .gguf file or the folder of a run) and `--student` (the folder of a
-run, such as `experiments.convert` writes) are short for `--distillation.teacher` and `--initial`.
+run, such as `experiments.convert` writes) are other names of `--distillation.teacher` and `--initial`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from jax.sharding import Mesh
 from experiments import cli
 from experiments.opening import open_model
 from experiments.train import start
-from mfa_jax.config import DataConfig, DistillationConfig, OptimizerConfig, TrainConfig, require
+from mfa_jax.config import DataConfig, DistillationConfig, OptimizerConfig, TrainConfig, load_json, require
 from mfa_jax.train import cluster, run
 from mfa_jax.train.losses import Teacher
 
 _NONE = "(none)"
 """In place of a teacher that was not given."""
+_ABOUT = """--teacher PLACE is the model to learn from (a Hugging Face folder, a .gguf file or the folder of a run), and
+--student DIR the folder of the run to start with, such as experiments.convert writes; other names of
+--distillation.teacher and --initial."""
 
 
 def defaults(student: str | None) -> TrainConfig:
@@ -54,13 +57,22 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     """The config of a healing run.
 
     Raises:
-      ValueError: what `cli.parse` refuses; a teacher or a student that is missing.
+      ValueError: what `cli.parse` refuses; a teacher or a student that is missing; a preset; a config without healing.
     """
     args, teacher = cli.take(list(sys.argv[1:] if argv is None else argv), "--teacher")
+    args, preset = cli.take(args, "--preset")
+    require(preset is None, "preset", preset, "must be left out: the model is the student's")
+    args, initial = cli.take(args, "--initial")
     args, student = cli.take(args, "--student")
+    require(student is None or initial is None, "initial", initial, f"is another name of --student {student!r}")
+    student = student or initial
+    _, path = cli.take(args, "--config")
+    require(path is None or load_json(dict, path).get("distillation", {}) is not None, "config", path,
+            "is of no healing run: its distillation is null; give --student and flags in its place, or leave "
+            "distillation out of the file")
     for flag, value in (("--distillation.teacher", teacher), ("--initial", student)):
         args += [] if value is None else [flag, value]
-    config = cli.parse(TrainConfig, args, default=defaults(student))
+    config = cli.parse(TrainConfig, args, default=defaults(student), about=_ABOUT)
     require(config.distillation is not None and config.distillation.teacher != _NONE, "teacher", None,
             "give --teacher, or a --config that has one")
     require(config.initial is not None, "student", None, "give --student, or a --config that has one (initial)")
@@ -72,7 +84,8 @@ def read_teacher(config: TrainConfig, mesh: Mesh) -> Teacher:
     assert config.distillation is not None
     path, tokenizer = config.distillation.teacher, config.distillation.tokenizer
     of_run = (Path(path) / run.CHECKPOINTS).is_dir()
-    opened = open_model(path if of_run else None, None if of_run else path, tokenizer=tokenizer, mesh=mesh)
+    opened = open_model(path if of_run else None, None if of_run else path, tokenizer=tokenizer, mesh=mesh,
+                        param_dtype=config.model.dtype)
     return Teacher(opened.model.config, opened.params, opened.tokenizer.fingerprint)
 
 

@@ -74,7 +74,7 @@ class DecodingConfig(OpenConfig):
 
 def open_model(
     workdir: str | None, hf: str | None, *, tokenizer: str | None = None, dtype: DType | None = None,
-    step: int | None = None, ema: bool = False, mesh: Mesh | None = None,
+    param_dtype: DType = "float32", step: int | None = None, ema: bool = False, mesh: Mesh | None = None,
 ) -> Opened:
     """The newest checkpoint of the run in `workdir` (or that of `step`), or the checkpoint at `hf`.
 
@@ -82,6 +82,7 @@ def open_model(
       hf: a Hugging Face folder or a `.gguf` file.
       tokenizer: name of the tokenizer in the folder `hf`; None for what it holds.
       dtype: what the model computes in; None for what a run says, and float32 for a checkpoint.
+      param_dtype: what the parameters of a checkpoint are held in; those of a run are as they were saved.
       mesh: where the parameters are placed; None for the first device.
 
     Raises:
@@ -100,7 +101,7 @@ def open_model(
     require(step is None and not ema, "step", step, "and ema are for the folder of a run")
     # First the small one: what is missing is told before a large model is read.
     found = pretrained_tokenizer(hf, tokenizer)
-    config, params = load_pretrained(hf, dtype=dtype or "float32", mesh=mesh)
+    config, params = load_pretrained(hf, dtype=dtype or "float32", param_dtype=param_dtype, mesh=mesh)
     require(found.vocab_size <= config.vocab_size, "tokenizer.vocab_size", found.vocab_size,
             f"must be at most the model's vocab_size={config.vocab_size}")
     return Opened(hf, Transformer(config), params, found)

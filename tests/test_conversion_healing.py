@@ -81,3 +81,19 @@ def test_what_has_no_curve_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             curve(CurveConfig(run=(run,), results=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_go_in_one_picture_is_refused(tmp_path: Path) -> None:
+    good, other, slow, torn = (make_run(tmp_path / name) for name in ("good", "other", "slow", "torn"))
+    for folder, old, new in ((other, '"eval_teacher_loss": 1.5', '"eval_teacher_loss": 1.6'),
+                             (slow, "tokens_per_second", "seconds"), (torn, '{"step": 11}\n', '{"step": 1')):
+        text = (folder / "metrics.jsonl").read_text()
+        assert old in text
+        (folder / "metrics.jsonl").write_text(text.replace(old, new))
+    for runs, message in (((), "give at least one --run"), ((f"a={good}", f"a={other}"), "a name of its own"),
+                          ((f"a={good}", f"b={other}"), "teacher_loss={'a': 1.5, 'b': 1.6}: must be the same"),
+                          ((f"a={slow}",), "no tokens_per_second"),
+                          ((f"a={torn}",), r"line 3 of '.*torn/metrics.jsonl' is not JSON")):
+        with pytest.raises(ValueError, match=message):
+            curve(CurveConfig(run=runs, results=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import email
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from jax.sharding import Mesh, NamedSharding
 
 from experiments import heal
@@ -31,6 +33,7 @@ from mfa_jax.config import (
     OptimizerConfig,
     TrainConfig,
     from_dict,
+    load_json,
     to_dict,
 )
 from mfa_jax.convert import gqa_to_mfa, gqa_to_mfa_kr, save_pretrained, save_run
@@ -245,7 +248,14 @@ def test_what_is_frozen_stays_bit_equal(
     assert {name.split("/")[0] for name in found} == moved
     everything, _, _ = one_step(config_for(reduced[0]), reduced, original)
     size, whole = (sum(leaf.size for leaf in jax.tree.leaves(s.optimizer)) for s in (state, everything))
-    assert size < whole and metrics["grad_norm"] > 0, "what is frozen has no moments"
+    assert size < whole, "what is frozen has no moments"
+    # What is frozen takes no part in the norm, by which gradients are clipped.
+    config = config_for(reduced[0])
+    sums, gradient = sums_of(config, reduced[1], original)
+    squares = {name: float(np.sum(np.square(leaf, dtype=np.float64))) for name, leaf in parts_of(gradient)}
+    trained = sum(square for name, square in squares.items() if name.split("/")[0] in moved)
+    assert trained < 0.9 * sum(squares.values())
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(trained) / sums.tokens, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -432,8 +442,10 @@ def test_a_teacher_of_another_tokenizer_is_refused(folders: dict[str, Path], tmp
     def other(mesh: Mesh) -> Teacher:
         return dataclasses.replace(heal.read_teacher(config, mesh), tokenizer="another")
 
-    with pytest.raises(ValueError, match="teacher tokenizer='another': must be that of the student, bytes-1"):
+    with pytest.raises(ValueError, match="teacher tokenizer='that of .*teacher_run': must be that of the run, which "
+                                         "is another one: '.*student/tokenizer'"):
         loop.train(config, progress=False, devices=jax.devices()[:1], teacher=other)
+    assert not (tmp_path / run.TOKENIZER).exists() and not (tmp_path / run.DATA).exists()
 
 
 def test_a_teacher_and_its_config_go_together(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -447,8 +459,76 @@ def test_a_teacher_and_its_config_go_together(folders: dict[str, Path], tmp_path
 def test_starting_with_another_model_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     config = heal.parse(flags(folders, tmp_path))
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, ffn_dim=48))
-    with pytest.raises(ValueError, match=r"student'.*holds a run of another model: model.ffn_dim=48 \(saved: 32\)"):
+    with pytest.raises(ValueError, match=r"initial='.*student': holds a run of another model: model.ffn_dim=48 \(sa"):
         train(other)
+
+
+@pytest.mark.slow
+def test_any_run_can_start_with_the_parameters_of_another(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Without a teacher, from the config that a conversion wrote; a tokenizer of another kind is refused."""
+    converted = load_json(TrainConfig, folders["student"] / run.CONFIG)
+    assert converted.data.tokenizer == str(folders["student"] / run.TOKENIZER)
+    config = dataclasses.replace(
+        converted, workdir=str(tmp_path / "new"), initial=str(folders["student"]), mesh=ONE, steps=1, eval_batches=2,
+        optimizer=OptimizerConfig(learning_rate=1e-30, warmup_steps=0), data=dataclasses.replace(
+            converted.data, source=str(folders["corpus"]), sequence_length=32, batch_size=8, held_out=0.1))
+    loop.train(config, progress=False, devices=jax.devices()[:1])
+    chex.assert_trees_all_close(saved_leaves(config), jax.device_get(
+        run.load_trained(folders["student"]).params), atol=1e-12)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    other = dataclasses.replace(config, workdir=str(tmp_path / "other"), data=dataclasses.replace(
+        config.data, tokenizer=str(tmp_path / "tokenizer.json")))
+    with pytest.raises(ValueError, match=r"initial tokenizer='.*student/tokenizer': must be .*'.*/tokenizer.json'"):
+        loop.train(other, progress=False, devices=jax.devices()[:1])
+    assert not (tmp_path / "other" / run.TOKENIZER).exists()
+
+
+def test_going_on_towards_something_else_is_refused(straight: TrainConfig, tmp_path: Path) -> None:
+    """A run that is there has its own student, teacher, loss and frozen groups; another spelling of a path is none."""
+    config, distillation = straight, straight.distillation
+    assert distillation is not None and config.initial is not None
+    other = dataclasses.replace(distillation, teacher=str(tmp_path / "other"))
+    softer = dataclasses.replace(distillation, temperature=2.0)
+    frozen = dataclasses.replace(config.optimizer, rates=GroupRates(norms=0))
+    for changes, message in (
+        ({"initial": str(tmp_path)}, "initial='.*': the run in .* started with '.*student'; .* or another workdir"),
+        ({"distillation": other}, "distillation=.*other.*: the run in .* has .*teacher_run.* or another workdir"),
+        ({"distillation": softer}, "distillation=.*'temperature': 2.0.* has .*'temperature': 1.0"),
+        ({"optimizer": frozen}, r"rates with 0=\['norms'\]: the run in .* has \[\].* --initial "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(dataclasses.replace(config, **changes))
+    shutil.copytree(config.workdir, tmp_path / "copy")
+    rates = dataclasses.replace(config.optimizer, rates=GroupRates(norms=0.5))
+    same = dataclasses.replace(distillation, teacher=os.path.relpath(distillation.teacher) + "/")
+    result = train(dataclasses.replace(config, workdir=str(tmp_path / "copy"), optimizer=rates, distillation=same,
+                                       initial=config.initial + "/"))
+    assert result.step == 6 and not result.interrupted
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    (["--preset", "tiny-mfa"], "preset='tiny-mfa': must be left out"),
+    (["--initial", "x"], "initial='x': is another name of --student"),
+    (["--config", "CONVERTED"], "config='.*': is of no healing run: its distillation is null"),
+])
+def test_flags_that_would_do_nothing_are_refused(
+    more: list[str], message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    more = [str(folders["student"] / run.CONFIG) if arg == "CONVERTED" else arg for arg in more]
+    with pytest.raises(ValueError, match=message):
+        heal.parse([*flags(folders, tmp_path), *more])
+
+
+def test_initial_is_another_name_of_student(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = flags(folders, tmp_path)
+    assert heal.parse(["--initial" if arg == "--student" else arg for arg in args]) == heal.parse(args)
+    with pytest.raises(SystemExit):
+        heal.parse(["--help"])
+    shown = capsys.readouterr().out
+    assert "--teacher PLACE" in shown and "--student DIR" in shown
 
 
 @pytest.mark.parametrize(("make", "message"), [
@@ -456,6 +536,7 @@ def test_starting_with_another_model_is_refused(folders: dict[str, Path], tmp_pa
     (lambda: DistillationConfig("x", cross_entropy=1.5), r"cross_entropy=1.5: must be in \[0, 1\]"),
     (lambda: DistillationConfig("x", hidden=-1), "hidden=-1: must not be negative"),
     (lambda: DistillationConfig(""), "teacher=''"),
+    (lambda: TrainConfig(workdir="runs/a", initial="runs/a/"), "initial='runs/a/': must be the folder of another"),
     (lambda: GroupRates(attention=-1), "attention=-1: must be 0 or positive"),
     (lambda: GroupRates(0, 0, 0, 0), "rates=.*one of them must be positive"),
     (lambda: TrainConfig(z_loss=1e-4, distillation=DistillationConfig("x")), "z_loss=0.0001: must be 0 with distil"),

@@ -235,7 +235,7 @@ def test_each_parameter_has_the_rate_of_its_group(variant: str) -> None:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_rate_is_a_learning_rate(kind: Any) -> None:
     """Over two steps, weight decay included: each group moves as it does alone at that learning rate, and what is
-    frozen has no update, though its gradient is large and would take its part of a clipped norm if it counted."""
+    frozen has no update, though its gradient is large."""
     params = normal(abstract("mfa_kr"))
     rates = GroupRates(attention=0.5, feed_forward=2.0, norms=0.0)
 

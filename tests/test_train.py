@@ -28,9 +28,10 @@ from mfa_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mfa_jax.model.transformer import Transformer, init_params
 from mfa_jax.train import loop, parts, run
 from mfa_jax.train.loop import NonFiniteError, train
+from mfa_jax.train.losses import batch_loss
 from mfa_jax.train.metrics import MetricsWriter
 from mfa_jax.train.optimizer import make_optimizer, make_schedule
-from mfa_jax.train.step import BATCH_SPEC, batch_loss, create_state, make_train_step, state_layout, watched_leaves
+from mfa_jax.train.step import BATCH_SPEC, create_state, make_train_step, state_layout, watched_leaves
 from tests.contract import ATTENTION, model_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,6 +137,7 @@ def test_rows_of_one_document_are_attended_to_without_segments(
     assert set(seen) == {separate}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulated_gradient_equals_the_full_batch(accumulate: int, tmp_path: Path) -> None:
     """The mask differs between parts, so a mean of means would be wrong."""

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,12 +101,13 @@ def read_curve(folder: str) -> dict[str, Any]:
     require(config.distillation is not None, "run", folder, "is no healing run: its config has no distillation")
     metrics = Path(folder) / "metrics.jsonl"
     require(metrics.is_file(), "run", folder, "has no metrics.jsonl")
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = list(_records(metrics))
     a_step = config.data.batch_size * config.data.sequence_length
     points = [{"tokens": line["step"] * a_step, **{name: line[f"eval_{name}"] for name in _MEASURES}}
               for line in lines if "eval_kl" in line]
     require(len(points) >= 2, "run", folder, f"evaluated {len(points)} times; a curve takes two")
     rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    require(bool(rates), "run", folder, "has no tokens_per_second in metrics.jsonl")
     model = config.model
     return {"attention": to_dict(model.attention), "optimizer": to_dict(config.optimizer),
             "distillation": {name: value for name, value in to_dict(config.distillation).items() if name != "teacher"},
@@ -113,12 +116,40 @@ def read_curve(folder: str) -> dict[str, Any]:
             "points": points}
 
 
-def curve(config: CurveConfig) -> Path:
-    """Writes `healing.json` and `healing.png`."""
-    named = [item.rpartition("=") for item in config.run]
-    for name, _, workdir in named:
+def _records(metrics: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(metrics.read_text().splitlines(), 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"run: line {number} of {str(metrics)!r} is not JSON, half-written maybe ({error})"
+                             ) from error
+
+
+def read_curves(run: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The curves of NAME=FOLDER, ..., by name.
+
+    Raises:
+      ValueError: none, a name twice, what `read_curve` refuses, or runs whose teachers or held-out texts differ.
+    """
+    require(bool(run), "run", run, "give at least one --run NAME=FOLDER")
+    runs: dict[str, dict[str, Any]] = {}
+    for item in run:
+        name, _, workdir = item.rpartition("=")
         require(bool(name), "run", workdir, "must be NAME=FOLDER")
-    runs = {name: read_curve(workdir) for name, _, workdir in named}
+        require(name not in runs, "run", item, "must have a name of its own")
+        runs[name] = read_curve(workdir)
+    losses = {name: found["points"][0]["teacher_loss"] for name, found in runs.items()}
+    first = next(iter(losses.values()))
+    # Another batch or mesh sums in another order.
+    require(all(math.isclose(loss, first, rel_tol=1e-3) for loss in losses.values()), "teacher_loss", losses,
+            "must be the same for all runs of a picture: one teacher, one held-out text")
+    return runs
+
+
+def curve(config: CurveConfig) -> Path:
+    """Writes `healing.json` and `healing.png`; each appears when it is complete. Raises: ValueError: see
+    `read_curves`."""
+    runs = read_curves(config.run)
     folder = Path(config.results)
     folder.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -133,8 +164,11 @@ def curve(config: CurveConfig) -> Path:
     for axes in (divergence, loss):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(folder / "healing.png", dpi=120)
-    (folder / "healing.json").write_text(json.dumps(runs, indent=1) + "\n")
+    picture, numbers = folder / ".healing.png.partial", folder / ".healing.json.partial"
+    figure.savefig(picture, dpi=120, format="png")
+    numbers.write_text(json.dumps(runs, indent=1) + "\n")
+    picture.replace(folder / "healing.png")
+    numbers.replace(folder / "healing.json")
     return folder
 
 

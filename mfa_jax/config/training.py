@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Literal
 
 from mfa_jax.config.checks import require, require_positive
@@ -49,7 +50,8 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class GroupRates:
     """Learning rate of each group of parameters over that of the schedule. A group with 0 is frozen: its parameters
-    stay as they are, bit for bit, and have no gradient and no optimizer state."""
+    stay as they are, bit for bit, and have no gradient and no optimizer state. A run may go on with other rates, but
+    with the same groups frozen."""
 
     attention: float = 1.0
     """All that is in attention: projections, biases, alpha, norms of latents and heads."""
@@ -122,6 +124,7 @@ class DistillationConfig:
     The loss of a target is `(1 - w) t^2 KL(softmax(l_teacher / t) || softmax(l / t)) + w nll`, with `t` the
     temperature and `w` the share of the cross entropy (Hinton et al., arXiv 1503.02531), plus the weight of the hidden
     states times the mean over layers of `|x - x_teacher|^2 / |x_teacher|^2`, `x` the residual stream after the layer.
+    Where there are routers their balance loss is added.
     """
 
     teacher: str
@@ -219,7 +222,8 @@ class TrainConfig:
         require(self.z_loss >= 0, "z_loss", self.z_loss, "must not be negative")
         require(self.distillation is None or self.z_loss == 0, "z_loss", self.z_loss,
                 "must be 0 with distillation, where the teacher's logits hold those of the model")
-        require(self.initial not in ("", self.workdir), "initial", self.initial,
+        same = self.initial is not None and os.path.abspath(self.initial) == os.path.abspath(self.workdir)
+        require(self.initial != "" and not same, "initial", self.initial,
                 "must be the folder of another run than workdir, or none")
         require(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", self.ema_decay,
                 "must be in (0, 1), or none")

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mfa_jax.config import ModelConfig, TrainConfig, require, to_dict, to_json
+from mfa_jax.config import DataConfig, ModelConfig, TrainConfig, require, to_dict, to_json
 from mfa_jax.convert.files import appearing, require_free
 from mfa_jax.data import Tokenizer
 from mfa_jax.train.checkpoint import Checkpoints
@@ -28,7 +28,7 @@ def save_run(folder: str | Path, config: ModelConfig, params: Any, tokenizer: To
     require_free(folder)
     require(tokenizer.vocab_size <= config.vocab_size, "tokenizer.vocab_size", tokenizer.vocab_size,
             f"must be at most the model's vocab_size={config.vocab_size}")
-    train = TrainConfig(workdir=str(folder), model=config)
+    train = TrainConfig(workdir=str(folder), model=config, data=DataConfig(tokenizer=str(folder / TOKENIZER)))
     with appearing(folder) as partial:
         tokenizer.save(partial / TOKENIZER)
         (partial / CONFIG).write_text(to_json(train))

@@ -16,9 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mfa_jax import axes, capacity
-from mfa_jax.config import TrainConfig, from_dict, require, to_dict, to_json
-from mfa_jax.data import Batches, Prepared, load_tokenizer, make_loader, prepare
-from mfa_jax.train import losses, processes, run
+from mfa_jax.config import TrainConfig, require, to_dict, to_json
+from mfa_jax.data import Batches, make_loader
+from mfa_jax.train import processes, run, starting
 from mfa_jax.train.checkpoint import Checkpoints, CheckpointWriteError, Restored
 from mfa_jax.train.compiling import explaining_memory, use_compilation_cache
 from mfa_jax.train.feed import Feed
@@ -78,23 +78,23 @@ def train(
             use_compilation_cache(config.compilation_cache)
             require(config.on_save_failure == "stop" or jax.process_count() == 1, "on_save_failure",
                     config.on_save_failure, "must be stop with several processes, which have to fail alike")
-            workdir = Path(config.workdir)
-            folder = workdir / run.CHECKPOINTS
-            checkpoints = stack.enter_context(Checkpoints(folder, keep_last=config.keep_checkpoints))
-            _require_startable(config, checkpoints, has_teacher=teacher is not None)
+            workdir, keep = Path(config.workdir), config.keep_checkpoints
+            checkpoints = stack.enter_context(Checkpoints(workdir / run.CHECKPOINTS, keep_last=keep))
+            starting.require_startable(config, checkpoints, has_teacher=teacher is not None)
             processes.require_same("config", to_json(config))
-            prepared = processes.leader_first(lambda: _open_data(config, workdir))
-            processes.require_same("prepared data", to_json(prepared.meta))
         stack.enter_context(jax.set_mesh(mesh))
-        known = None if teacher is None else _read_teacher(config, teacher, mesh, goodput)
+        with goodput.phase("restore"):  # before the data: what the model cannot learn from leaves nothing in workdir
+            known = None if teacher is None else starting.read_teacher(config, teacher, mesh)
+        with goodput.phase("setup"):
+            prepared = processes.leader_first(lambda: starting.open_data(config))
+            processes.require_same("prepared data", to_json(prepared.meta))
         parts = Parts.build(config, mesh, prepared, goodput, known)
         stack.enter_context(explaining_memory(config, mesh.local_devices[0], parts.memory))
         with goodput.phase("restore"):
             restored = checkpoints.restore(checkpoint_items(parts.layout))
             loader = make_loader(prepared, config.data, "train", *data_shard(mesh, config.data.batch_size))
             state = _start(config, parts, restored, loader)
-            start = int(state.step)
-        leader = jax.process_index() == 0
+        start, leader = int(state.step), jax.process_index() == 0
         if leader:
             (workdir / run.CONFIG).write_text(to_json(config))
         with (
@@ -117,29 +117,6 @@ def checkpoint_items(state: Any) -> dict[str, Any]:
     return trees | ({"ema": state.ema} if state.ema else {})
 
 
-def _open_data(config: TrainConfig, workdir: Path) -> Prepared:
-    saved = workdir / run.TOKENIZER
-    # A run keeps its tokenizer: it goes on without the file it came from.
-    tokenizer = load_tokenizer(saved if saved.exists() else config.data.tokenizer)
-    require(config.model.vocab_size >= tokenizer.vocab_size, "model.vocab_size", config.model.vocab_size,
-            f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {config.data.tokenizer!r}")
-    prepared = prepare(config.data, config.data.prepared or workdir / run.DATA, tokenizer)
-    if not saved.exists():
-        tokenizer.save(saved)
-    return prepared
-
-
-def _require_startable(config: TrainConfig, checkpoints: Checkpoints, *, has_teacher: bool) -> None:
-    require(has_teacher == (config.distillation is not None), "distillation", config.distillation,
-            "must be given where a teacher is read, and only there; experiments.heal does both")
-    found = checkpoints.read_meta()
-    if found is not None:
-        saved = from_dict(TrainConfig, found[1]["config"], f"{checkpoints.folder}/{found[0]}")
-        run.require_same_model(saved.model, config.model, config.workdir)
-    elif config.initial is not None:
-        run.require_same_model(run.load_config(config.initial).model, config.model, config.initial)
-
-
 def _start(config: TrainConfig, parts: Parts, restored: Restored | None, loader: Batches) -> TrainState:
     if restored is None:
         return parts.create(config.initial and run.load_trained(config.initial, mesh=parts.mesh).params)
@@ -149,22 +126,6 @@ def _start(config: TrainConfig, parts: Parts, restored: Restored | None, loader:
     require(done <= config.steps, "steps", config.steps, f"the run in {config.workdir} is at step {done} already")
     return TrainState(items["counters"]["step"], items["params"], items["optimizer"], items.get("ema", {}),
                       items["counters"]["rng"])
-
-
-def _read_teacher(
-    config: TrainConfig, read: Callable[[Mesh], Teacher], mesh: Mesh, goodput: Goodput
-) -> Teacher:
-    """The teacher, if the model can learn from it.
-
-    Raises:
-      ValueError: what cannot be compared, or another tokenizer.
-    """
-    with goodput.phase("restore"):
-        teacher = read(mesh)
-    losses.teacher_config(config, teacher.config)
-    own = load_tokenizer(Path(config.workdir) / run.TOKENIZER).fingerprint
-    require(teacher.tokenizer == own, "teacher tokenizer", teacher.tokenizer, f"must be that of the student, {own}")
-    return teacher
 
 
 class _Loop:

@@ -55,8 +55,8 @@ def batch_loss(config: TrainConfig, model: Transformer, params: Any, batch: Any)
 
 
 def _states(config: TrainConfig, model: Transformer, params: Any, batch: Any) -> Any:
-    # A row of one document needs no segments, and kernels that know none (cuDNN) can serve it. Rows are whole: what is
-    # padding then are rows of nothing else, whose mask is zero.
+    # A row of one document needs no segments, and kernels that know none (cuDNN) can serve it. What is padding then, at
+    # the end of a held-out row or all of one, is seen by no token before it, and its own targets are masked out.
     segments = batch["segments"] if config.data.separate_documents else None
     inputs = batch["inputs"], batch["positions"], segments
     return model.apply({"params": params}, *inputs, method="states")

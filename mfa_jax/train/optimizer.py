@@ -159,7 +159,8 @@ def make_optimizer(config: OptimizerConfig, steps: int, abstract_params: Any) ->
 
 def _with_rates(optimizer: optax.GradientTransformation, rates: Any) -> optax.GradientTransformation:
     """The updates times the rates, weight decay included: as if the learning rate were that much larger. The state is
-    that of `optimizer`, so that a run may go on with other rates."""
+    that of `optimizer`, so that a run may go on with other rates; but what is frozen has none, so that which are 0 must
+    stay."""
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, state = optimizer.update(updates, state, params)
         return jax.tree.map(lambda u, rate: u if rate in (0, 1) else u * rate, updates, rates), state

@@ -98,8 +98,11 @@ def abstract_params(model: Transformer, mesh: Mesh) -> Any:
                         nn.unbox(boxed), axes.shardings(boxed, mesh))
 
 
-def require_same_model(saved: ModelConfig, given: ModelConfig, workdir: str) -> None:
+def require_same_model(saved: ModelConfig, given: ModelConfig, workdir: str, field: str = "workdir") -> None:
     """Refuses to go on with a model other than the saved one; how it is computed may change.
+
+    Args:
+      field: of the config, that names the folder.
 
     Raises:
       ValueError: the fields that differ, with both values.
@@ -110,5 +113,5 @@ def require_same_model(saved: ModelConfig, given: ModelConfig, workdir: str) -> 
         if f.name not in _EXECUTION and getattr(saved, f.name) != getattr(given, f.name)
     ]
     if differing:
-        raise ValueError(f"workdir={workdir!r}: holds a run of another model: {'; '.join(differing)}; accepted: the "
-                         f"saved model, or another workdir")
+        raise ValueError(f"{field}={workdir!r}: holds a run of another model: {'; '.join(differing)}; accepted: the "
+                         f"saved model, or another {field}")

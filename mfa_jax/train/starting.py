@@ -1,0 +1,100 @@
+"""What is checked before a run starts or goes on: all of it before anything lies in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from mfa_jax.config import DistillationConfig, GroupRates, TrainConfig, from_dict, require, to_dict
+from mfa_jax.data import Prepared, Tokenizer, load_tokenizer, prepare
+from mfa_jax.train import losses, run
+from mfa_jax.train.checkpoint import Checkpoints
+from mfa_jax.train.losses import Teacher
+
+
+def require_startable(config: TrainConfig, checkpoints: Checkpoints, *, has_teacher: bool) -> None:
+    """Refuses a config that does not go with the run that is there, or with the one that it starts with.
+
+    Raises:
+      ValueError: what differs, with both values.
+    """
+    require(has_teacher == (config.distillation is not None), "distillation", config.distillation,
+            "must be given where a teacher is read, and only there; experiments.heal does both")
+    found = checkpoints.read_meta()
+    if found is not None:
+        saved = from_dict(TrainConfig, found[1]["config"], f"{checkpoints.folder}/{found[0]}")
+        run.require_same_model(saved.model, config.model, config.workdir)
+        _require_same_task(saved, config)
+    elif config.initial is not None:
+        run.require_same_model(run.load_config(config.initial).model, config.model, config.initial, field="initial")
+        theirs = Path(config.initial) / run.TOKENIZER
+        _require_same_tokenizer("initial", theirs, load_tokenizer(theirs).fingerprint, config)
+
+
+def _require_same_task(saved: TrainConfig, config: TrainConfig) -> None:
+    """That a run goes on from where it began, towards the same, and with the same parameters frozen."""
+    require(_place(saved.initial) == _place(config.initial), "initial", config.initial,
+            f"the run in {config.workdir} started with {saved.initial!r}; accepted: that, or another workdir")
+    require(_comparable(saved.distillation) == _comparable(config.distillation), "distillation",
+            config.distillation and to_dict(config.distillation), f"the run in {config.workdir} has "
+            f"{saved.distillation and to_dict(saved.distillation)!r}; accepted: that, or another workdir")
+    before, now = _frozen(saved.optimizer.rates), _frozen(config.optimizer.rates)
+    require(before == now, "optimizer.rates with 0", now, f"the run in {config.workdir} has {before}, and what is "
+            f"frozen has no optimizer state; accepted: the same, or a new run in another workdir with "
+            f"--initial {config.workdir}")
+
+
+def _place(path: str | None) -> str | None:
+    return path and os.path.abspath(path)
+
+
+def _comparable(distillation: DistillationConfig | None) -> DistillationConfig | None:
+    return distillation and dataclasses.replace(distillation, teacher=os.path.abspath(distillation.teacher))
+
+
+def _frozen(rates: GroupRates) -> list[str]:
+    return [name for name, rate in vars(rates).items() if rate == 0]
+
+
+def _own_tokenizer(config: TrainConfig) -> tuple[Tokenizer, str]:
+    """The tokenizer of the run and its place. A run keeps its own: it goes on without the file it came from."""
+    saved = Path(config.workdir) / run.TOKENIZER
+    place = str(saved) if saved.exists() else config.data.tokenizer
+    return load_tokenizer(place), place
+
+
+def _require_same_tokenizer(name: str, theirs: object, fingerprint: str, config: TrainConfig) -> None:
+    own, place = _own_tokenizer(config)
+    require(fingerprint == own.fingerprint, f"{name} tokenizer", str(theirs),
+            f"must be that of the run, which is another one: {place!r} (--data.tokenizer, kept in workdir)")
+
+
+def read_teacher(config: TrainConfig, read: Callable[[Mesh], Teacher], mesh: Mesh) -> Teacher:
+    """The teacher, if the model can learn from it.
+
+    Raises:
+      ValueError: what cannot be compared, or another tokenizer.
+    """
+    assert config.distillation is not None
+    teacher = read(mesh)
+    losses.teacher_config(config, teacher.config)
+    theirs = config.distillation.tokenizer or f"that of {config.distillation.teacher}"
+    _require_same_tokenizer("teacher", theirs, teacher.tokenizer, config)
+    return teacher
+
+
+def open_data(config: TrainConfig) -> Prepared:
+    """The token shards of a run, made if they are not there yet; its tokenizer is kept beside them."""
+    workdir = Path(config.workdir)
+    tokenizer, _ = _own_tokenizer(config)
+    require(config.model.vocab_size >= tokenizer.vocab_size, "model.vocab_size", config.model.vocab_size,
+            f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {config.data.tokenizer!r}")
+    prepared = prepare(config.data, config.data.prepared or workdir / run.DATA, tokenizer)
+    saved = workdir / run.TOKENIZER
+    if not saved.exists():
+        tokenizer.save(saved)
+    return prepared
