@@ -254,7 +254,7 @@ def test_what_is_frozen_stays_bit_equal(
     sums, gradient = sums_of(config, reduced[1], original)
     squares = {name: float(np.sum(np.square(leaf, dtype=np.float64))) for name, leaf in parts_of(gradient)}
     trained = sum(square for name, square in squares.items() if name.split("/")[0] in moved)
-    assert trained < 0.9 * sum(squares.values())
+    assert trained < 0.99 * sum(squares.values())
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(trained) / sums.tokens, rtol=1e-4)
 
 
@@ -399,6 +399,13 @@ def test_flags_become_the_config(folders: dict[str, Path], reduced: Converted, t
     assert config.distillation == DistillationConfig(str(folders["teacher_run"]), temperature=2.0)
     assert config.optimizer.rates == GroupRates(embeddings=0.0)
     assert from_dict(TrainConfig, to_dict(config)) == config
+
+
+def test_a_checkpoint_is_held_in_what_the_run_computes_in(folders: dict[str, Path], tmp_path: Path) -> None:
+    mesh = axes.make_mesh((1,) * 5, jax.devices()[:1])
+    for teacher, dtype in (("teacher", jnp.bfloat16), ("teacher_run", jnp.float32)):
+        config = heal.parse(flags(folders, tmp_path, "--model.dtype", "bfloat16", teacher=teacher))
+        assert {leaf.dtype for leaf in jax.tree.leaves(heal.read_teacher(config, mesh).params)} == {jnp.dtype(dtype)}
 
 
 @pytest.mark.parametrize(("drop", "message"), [
