@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from mfa_jax.config import DistillationConfig, GroupRates, TrainConfig, from_dict, require, to_dict
 from mfa_jax.data import Prepared, Tokenizer, load_tokenizer, prepare
-from mfa_jax.train import losses, run
+from mfa_jax.train import losses, processes, run
 from mfa_jax.train.checkpoint import Checkpoints
 from mfa_jax.train.losses import Teacher
 
@@ -77,13 +77,15 @@ def read_teacher(config: TrainConfig, read: Callable[[Mesh], Teacher], mesh: Mes
     """The teacher, if the model can learn from it.
 
     Raises:
-      ValueError: what cannot be compared, or another tokenizer.
+      ValueError: what cannot be compared, or another tokenizer; processes that read different ones.
     """
     assert config.distillation is not None
     teacher = read(mesh)
     losses.teacher_config(config, teacher.config)
     theirs = config.distillation.tokenizer or f"that of {config.distillation.teacher}"
     _require_same_tokenizer("teacher", theirs, teacher.tokenizer, config)
+    # All have read the run's tokenizer before the first of them may write it.
+    processes.require_same("teacher's tokenizer", teacher.tokenizer)
     return teacher
 
 
