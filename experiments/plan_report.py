@@ -2,8 +2,8 @@
 
 The paper's 7B family, and Step-3 beside MHA and MLA with as many attention parameters: a decoding step with full caches
 and a training step, compiled for the same slice and mesh. Then one small model on 8 to 512 chips, with as much work a
-chip. Each line is written as soon as it is there, and a line that is there is not compiled again. It takes an hour or
-two; nothing is run on a TPU.
+chip. Each line is written as soon as it is there, and is compiled again only where its program now has arguments of
+another size; until then it is shown as superseded. It takes an hour or two; nothing is run on a TPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from experiments.plan import compiler_version, mesh_config
 from mfa_jax import capacity
 from mfa_jax.config import DataConfig, GQAConfig, MLAConfig, ModelConfig, TrainConfig, require
 from mfa_jax.plan import Decoding, Plan, mesh_of, parse_topology, plan_decoding, plan_training, prepare
+from mfa_jax.plan.programs import decoding_arguments, training_arguments
 from mfa_jax.presets import match_heads, model_preset
 
 DECODE, TRAIN, LONG, SCALE = "decode", "train", "long", "scale"
@@ -88,18 +89,36 @@ LINES: Sequence[Line] = (
 )
 
 
+def program(line: Line) -> Decoding | TrainConfig:
+    """What a line compiles."""
+    model = dataclasses.replace(line.model(), dtype="bfloat16")
+    if line.name.startswith(DECODE):
+        return Decoding(dataclasses.replace(model, param_dtype="bfloat16"), line.rows, line.seq, "bfloat16")
+    data = DataConfig(batch_size=line.rows, sequence_length=line.seq)
+    return TrainConfig(model=dataclasses.replace(model, remat="full"), data=data)
+
+
+def arguments(line: Line) -> int:
+    """Bytes of the arguments of a line's program on one chip, in closed form."""
+    asked, mesh = program(line), mesh_of(parse_topology(line.topology), dataclasses.astuple(mesh_config(line.mesh)))
+    return decoding_arguments(asked, mesh) if isinstance(asked, Decoding) else training_arguments(asked, mesh)
+
+
+def superseded(found: dict[str, Any], now: int) -> bool:
+    """Whether a line was compiled of arguments that differ by more than 1 % from what they are `now`, in bytes.
+
+    The compiler's padding is below 0.1 %. Of a program that did not fit it tells no size: such a line is kept.
+    """
+    memory = found["plan"]["memory"]
+    return memory is not None and abs(memory["arguments"] / now - 1) > 0.01
+
+
 def compile_line(line: Line) -> dict[str, Any]:
     """The plan of a line and the closed forms beside it."""
-    model, topology = dataclasses.replace(line.model(), dtype="bfloat16"), parse_topology(line.topology)
-    mesh = mesh_of(topology, dataclasses.astuple(mesh_config(line.mesh)))
-    plan: Plan
-    if line.name.startswith(DECODE):
-        model = dataclasses.replace(model, param_dtype="bfloat16")
-        plan = plan_decoding(Decoding(model, line.rows, line.seq, "bfloat16"), topology, mesh)
-    else:
-        model = dataclasses.replace(model, remat="full")
-        data = DataConfig(batch_size=line.rows, sequence_length=line.seq)
-        plan = plan_training(TrainConfig(model=model, data=data), topology, mesh)
+    asked, topology = program(line), parse_topology(line.topology)
+    mesh, model = mesh_of(topology, dataclasses.astuple(mesh_config(line.mesh))), asked.model
+    plan: Plan = (plan_decoding(asked, topology, mesh) if isinstance(asked, Decoding)
+                  else plan_training(asked, topology, mesh))
     return {
         "name": line.name, "rows": line.rows, "seq": line.seq, "mesh_asked": line.mesh,
         "parameters": capacity.model_parameters(model).total, "heads": model.attention.num_heads,
@@ -108,8 +127,8 @@ def compile_line(line: Line) -> dict[str, Any]:
         "plan": dataclasses.asdict(plan)}
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one row a line."""
+def table(lines: Sequence[dict[str, Any]], old: Collection[str] = ()) -> str:
+    """Markdown: one row a line; those whose names are in `old` are marked as superseded."""
     titles = ("program", "slice, mesh", "rows x tokens", "B parameters", "cache, KB a token", "cache, GiB a chip",
               "peak, GiB a chip", "GFLOPs a chip", "HBM, GB", "sent, MB", "least step, ms", "without overlap, ms")
     out = [f"| {' | '.join(titles)} |", "| --- | --- | --- " + "| ---: " * (len(titles) - 3) + "|"]
@@ -118,7 +137,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         chips = parse_topology(plan["topology"]).size
         decode = x["name"].startswith(DECODE)
         cache = x["cache_bytes_per_token"] * x["rows"] * x["seq"] / chips / 2**30
-        cells = [x["name"], f"{plan['topology']}, {x['mesh_asked']}", f"{x['rows']} x {x['seq']}",
+        cells = [x["name"] + " (superseded)" * (x["name"] in old),
+                 f"{plan['topology']}, {x['mesh_asked']}", f"{x['rows']} x {x['seq']}",
                  f"{x['parameters'] / 1e9:.2f}", f"{x['cache_bytes_per_token'] / 1e3:.1f}",
                  f"{cache:.2f}" if decode else ""]
         if p is None:
@@ -180,8 +200,9 @@ def main(config: PlanReportConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "plan.json"
     done: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    old = {line.name for line in LINES if line.name in done and superseded(done[line.name], arguments(line))}
     for line in LINES:
-        if line.name in done or not line.name.startswith(config.only):
+        if (line.name in done and line.name not in old) or not line.name.startswith(config.only):
             continue
         print(f"{line.name} on {line.topology} ...", file=sys.stderr, flush=True)
         found = compile_line(line)
@@ -190,8 +211,9 @@ def main(config: PlanReportConfig) -> None:
         part = file.with_suffix(".part")
         part.write_text(json.dumps(done, indent=1) + "\n")
         part.replace(file)
+        old.discard(line.name)
     ordered = [done[line.name] for line in LINES if line.name in done]
-    (folder / "plan.md").write_text(table(ordered))
+    (folder / "plan.md").write_text(table(ordered, old))
     save_plot(ordered, folder / "decode.png")
 
 

@@ -2,7 +2,8 @@
 
     python -m experiments.sharding_picture
 
-Eight devices, fsdp=2, context=2, tensor=2. Places are those that `axes.RULES` gives, nothing is drawn by hand.
+Eight devices, fsdp=2, context=2, tensor=2. Places are those that `axes.RULES` gives to the logical axes
+of `ARRAYS`, which are written here by hand, as the model names them.
 """
 
 from __future__ import annotations

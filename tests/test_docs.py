@@ -1,4 +1,4 @@
-"""What the pages tell a reader to type must be what the scripts take."""
+"""What the pages tell a reader to type must be what `experiments.train` and `experiments.plan` take."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ def test_a_command_of_a_page_is_one_that_the_script_takes(name: str, words: list
         config: Any = cli.parse(TrainConfig, words, presets=model_preset)
         split = config.mesh.data * config.mesh.fsdp * config.mesh.expert
         assert config.data.batch_size // config.accumulate % abs(split) == 0, "rows must divide over the mesh"
+        if config.preset is not None and not config.preset.startswith("tiny"):
+            assert config.data.source != "stdlib", "a model of this size needs a text of its own"
     else:
         arguments = cli.parse(plan.Arguments, words)
         sizes = dataclasses.astuple(plan.mesh_config(arguments.mesh))

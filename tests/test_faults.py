@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from experiments.faults import damage, runs
-from experiments.faults.outcome import Outcome, table
+from experiments.faults.outcome import Outcome, Signals, measure, table
 from experiments.faults.recorded_train import RecordedBatches, wrong_batches
 from experiments.faults.runs import SmallRun, write_corpus
 from experiments.faults.single import FaultsConfig, interrupted
@@ -55,6 +57,33 @@ def test_lost_is_what_was_told() -> None:
     outcome.add("step 5 is gone")
     assert (outcome.tried, outcome.survived, outcome.lost) == (2, 1, ["step 5 is gone"])
     assert table([outcome]).splitlines()[-1] == "| a fault | 2 | 1 | 1 | where: here |"
+
+
+def test_a_part_of_a_record_is_replaced_when_it_is_complete(tmp_path: Path) -> None:
+    def broken_off() -> Iterator[Outcome]:
+        yield Outcome("other")
+        raise KeyboardInterrupt
+
+    config, file = Signals(0, 0, output=str(tmp_path)), tmp_path / "some.json"
+    measure("some", config, {"a": lambda: [Outcome("first")], "b": lambda: [Outcome("second")]})
+    before = json.loads(file.read_text())
+    assert [part["outcomes"][0]["fault"] for part in before.values()] == ["first", "second"]
+    with pytest.raises(KeyboardInterrupt):
+        measure("some", config, {"a": broken_off})
+    assert json.loads(file.read_text()) == before and list(tmp_path.iterdir()) == [file]
+    measure("some", config, {"b": lambda: [Outcome("third")]})
+    after = json.loads(file.read_text())
+    assert after["a"] == before["a"] and after["b"]["outcomes"][0]["fault"] == "third"
+
+
+def test_a_step_that_is_told_twice_is_no_history(tmp_path: Path) -> None:
+    run = SmallRun(tmp_path, tmp_path, tmp_path)
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "validation_loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run.losses() == {1: 3.0, 2: 2.0}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[1]]))
+    with pytest.raises(AssertionError, match="a step twice"):
+        run.losses()
 
 
 def test_a_batch_with_a_part_that_nobody_recorded_is_wrong(tmp_path: Path) -> None:

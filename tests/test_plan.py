@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import plan as script
+from experiments import plan_report
 from mfa_jax import axes, capacity
 from mfa_jax.config import DataConfig, MeshConfig, TrainConfig
 from mfa_jax.plan import chips, compiler, costs, flops, groups, hlo, programs, report, search
@@ -429,3 +430,17 @@ def test_a_real_decoding_loop_and_one_that_does_not_fit() -> None:
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)["plan"]
     assert not plan["fits"] and plan["memory"] is None and plan["prediction"] is None
+
+
+# ---- the report ------------------------------------------------------------------------------------------------
+
+
+def test_a_line_of_other_arguments_is_superseded_and_marked() -> None:
+    lines = json.loads((ROOT / "experiments" / "results" / "plan" / "plan.json").read_text())
+    found = lines["train/paper-7b-mfa"]
+    nbytes = found["plan"]["memory"]["arguments"]
+    assert not plan_report.superseded(found, round(nbytes / 1.0005))
+    assert plan_report.superseded(found, round(nbytes / 1.02)) and plan_report.superseded(found, 2 * nbytes)
+    assert not plan_report.superseded(lines["decode/step3-mha"], 1), "what does not fit has no size to compare"
+    first, second = plan_report.table([found, lines["train/paper-7b-mha"]], {found["name"]}).splitlines()[2:]
+    assert first.startswith("| train/paper-7b-mfa (superseded) |") and second.startswith("| train/paper-7b-mha |")

@@ -268,6 +268,15 @@ def test_a_spike_is_a_jump_above_what_was_before_it():
         assert key_reuse_start.watch(record) == ["2.00", f"{1 + len(losses):.2f}", str(spikes)]
 
 
+@pytest.mark.parametrize(("at", "spikes"), [(2, 0), (5, 0), (6, 1), (7, 1)])
+def test_a_spike_counts_from_the_first_point_after_the_warm_up(at, spikes):
+    run = make_run(TINY, "zero", model_preset("tiny-mfa-kr"), 4e-3, 0)
+    losses = [3.0 + (i == at) for i in range(1, 21)]
+    record = record_of(run, 1.0, curve={"step": list(range(1, 21)), "loss": losses, "grad_norm": [1.0] * 20})
+    record.config["optimizer"]["warmup_steps"] = 5
+    assert key_reuse_start.watch(record)[2] == str(spikes)
+
+
 def test_a_power_law_is_fitted_to_one_point_a_size():
     grid = [run for run in STUDIES["scaling"].plan(TINY, lambda run: None)
             if scaling.family(record_of(run, 1.0)) == "mha" and run.labels["learning_rate"] == 8e-3]
@@ -280,12 +289,15 @@ def test_a_power_law_is_fitted_to_one_point_a_size():
     assert scaling.exponent(found * 3)[0] == wanted  # seeds that agree are no more evidence
 
 
-def test_the_best_width_says_whether_it_is_told_apart_from_the_papers():
+def test_the_best_width_says_whether_it_is_told_apart_from_the_next():
     run = make_run(TINY, "a", model_preset("tiny-mfa"), 1e-3, 0)
-    two, four = ([record_of(run, loss) for loss in losses] for losses in ((3.0, 3.1), (2.9, 3.1)))
-    assert scaling.best_width({"mfa": {32: two}, "mfa, C = 4H": {32: four}}, 32, 2) == (
-        "mfa, C = 4H (against 2H: not told apart)")
-    assert scaling.best_width({"mfa": {32: four}, "mfa, C = 4H": {32: two}}, 32, 2) == "mfa"
+    one, two, four = ([record_of(run, loss) for loss in losses] for losses in ((9.0, 9.1), (3.0, 3.1), (2.9, 3.1)))
+    chosen = {"mfa, C = H": {32: one}, "mfa": {32: two}, "mfa, C = 4H": {32: four}}
+    assert scaling.best_width(chosen, 32, 2) == "mfa, C = 4H (against mfa: not told apart)"
+    chosen["mfa, C = 4H"] = {32: one}
+    assert scaling.best_width(chosen, 32, 2) == "mfa (against mfa, C = H: lower)"
+    assert scaling.best_width(chosen, 32, 3) == scaling.best_width(chosen, 64, 2) == "too few seeds"
+    assert scaling.best_width({**chosen, "mfa, C = H": {}}, 32, 2) == "too few seeds"
 
 
 @each_study
@@ -330,6 +342,7 @@ def test_a_report_of_the_first_runs_has_no_verdict(name, count, tmp_path):
         listed = re.search(rf"[:;] {re.escape(run.labels['name'])} \([^)]*{part}", made)
         assert bool(listed) == (results(run) is None)
     assert not re.search("not told apart|lower|higher", made)
+    assert all(set(row.split("|")[2:-1]) == {" too few seeds "} for row in re.findall(r".*best width of MFA.*", made))
 
 
 def test_the_rates_table_says_where_the_best_may_not_be_the_best():

@@ -184,7 +184,7 @@ def _pictures(model: str, rows: Sequence[Measured], original: Measured, folder: 
         axes.axhline(1, color="black", linewidth=1)
         axes.set(xlabel="cached elements a token and layer", ylabel="perplexity over the original's", title=name,
                  yscale="log")
-        axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(1, 0.4)))  # none over several decades
     found = [_save(figure, model, "quality", folder)]
     if original.tasks:
@@ -199,8 +199,8 @@ def _pictures(model: str, rows: Sequence[Measured], original: Measured, folder: 
                  ylabel="accuracy, mean of tasks")
         found.append(_save(figure, model, "accuracy", folder))
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, name, scale, unit in zip(figure.subplots(1, 2), ("seconds", "peak_bytes"), (1, 2**30), ("seconds", "GiB"),
-                                       strict=True):
+    for axes, name, scale, unit in zip(figure.subplots(1, 2), ("seconds", "peak_bytes"), (1, 2**30),
+                                       ("seconds", "peak memory [GiB]"), strict=True):
         for key, members in curves.items():
             paid = [row for row in members if row.cost is not None]
             _curve(axes, key, paid, [(row.cost[name] / scale, 0.0) for row in paid if row.cost is not None])
@@ -214,12 +214,16 @@ def _curve(axes: Any, key: tuple[str, bool], rows: Sequence[Measured], values: S
         return
     kind, healed = key
     heights, errors = zip(*values, strict=True)
-    axes.errorbar([row.cached_elements[1] for row in rows], heights, 2 * np.array(errors), marker="o", capsize=3,
+    bars = 2 * np.array(errors) if any(errors) else None
+    axes.errorbar([row.cached_elements[1] for row in rows], heights, bars, marker="o", capsize=3,
                   color=f"C{_order(kind)}", linestyle="--" if healed else "-",
                   label=TITLES[kind] + (", healed" if healed else ""))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
 
 
 def _save(figure: Figure, model: str, what: str, folder: Path) -> str:
+    """The picture with one legend for all of its axes, below them, where it covers nothing."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return save(figure, folder / f"{model}-{what}.png")

@@ -59,7 +59,7 @@ class Signals:
 
 
 def measure(name: str, config: Signals, parts: Mapping[str, Callable[[], Iterable[Outcome]]]) -> None:
-    """Measures each part, and writes `<output>/<name>.json` after each outcome, beside the parts in it already.
+    """Measures each part, and writes `<output>/<name>.json` after each that is complete, beside the others in it.
 
     Raises:
       ArithmeticError: something was lost.
@@ -69,16 +69,16 @@ def measure(name: str, config: Signals, parts: Mapping[str, Callable[[], Iterabl
     all_found: list[Outcome] = []
     for part, outcomes in parts.items():
         print(f"{part} ...", file=sys.stderr)
-        began, found = time.monotonic(), []
-        for outcome in outcomes():
-            found.append(outcome)
-            records[part] = {
-                "date": datetime.date.today().isoformat(), "jax": jax.__version__,
-                "python": platform.python_version(), "cpus": os.cpu_count(), "seed": config.seed,
-                "seconds": round(time.monotonic() - began), "outcomes": [dataclasses.asdict(o) for o in found]}
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(records, indent=2) + "\n")
+        began, found = time.monotonic(), list(outcomes())
+        records[part] = {
+            "date": datetime.date.today().isoformat(), "jax": jax.__version__, "python": platform.python_version(),
+            "cpus": os.cpu_count(), "seed": config.seed, "seconds": round(time.monotonic() - began),
+            "outcomes": [dataclasses.asdict(outcome) for outcome in found]}
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".part")
+            unfinished.write_text(json.dumps(records, indent=2) + "\n")
+            unfinished.replace(path)
         all_found += found
     print(table(all_found))
     if any(outcome.lost for outcome in all_found):

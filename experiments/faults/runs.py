@@ -87,10 +87,13 @@ class SmallRun:
         return job
 
     def losses(self) -> dict[int, float]:
-        """The loss of each step."""
+        """The loss of each step. Raises `AssertionError` where a step is told twice."""
         file = self.workdir / "metrics.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        return {line["step"]: line["loss"] for line in lines if "loss" in line}
+        found = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        steps = [step for step, _ in found]
+        assert len(steps) == len(set(steps)), f"{file} has a step twice: {steps}"
+        return dict(found)
 
     def saved(self) -> list[int]:
         """Steps of the checkpoints that are complete, ascending."""

@@ -156,7 +156,8 @@ def difference(left: Sequence[float], right: Sequence[float]) -> tuple[float, fl
 def compared(left: Sequence[float], right: Sequence[float], seeds: int) -> list[str]:
     """Two cells: the difference with its interval, and whether it tells the two apart.
 
-    Below `seeds` values a side, those that are planned, there is no verdict; without finished runs `none`.
+    Below `seeds` values a side, those that are planned, there is no verdict; without finished runs `none`. A seed that
+    diverged has no value, so there never is one then: the rest would flatter the side. The report names such runs.
     """
     if not left or not right:
         return ["", "none"]

@@ -34,7 +34,7 @@ FACTORS = (1, 4, 16, 64)
 STABLE = 1.05
 """A rate is stable when the final loss is at most this times that of the start's best rate."""
 SPIKE, BEFORE = 0.5, 9
-"""A spike is a logged loss so many nats above the median of so many before it: several times the noise of a batch."""
+"""A spike is a loss so many nats above the median of the (at most) so many before it: several times the noise."""
 
 
 def plan(scale: Scale, results: Results) -> list[Run]:
@@ -94,10 +94,10 @@ def watch(run: Record) -> list[str]:
         run.curve["step"], run.curve["loss"], run.curve["grad_norm"], strict=True) if None not in (loss, norm)]
     warm = run.config["optimizer"]["warmup_steps"]
     later = [point for point in points if point[0] > warm]
-    losses, spikes, high = [loss for _, loss, _ in later], 0, False
-    for i in range(BEFORE, len(losses)):
-        was, high = high, losses[i] > float(np.median(losses[i - BEFORE:i])) + SPIKE
-        spikes += high and not was
+    losses, spikes, high = [loss for _, loss, _ in points], 0, False
+    for i in range(1, len(points)):
+        was, high = high, losses[i] > float(np.median(losses[max(i - BEFORE, 0):i])) + SPIKE
+        spikes += high and not was and points[i][0] > warm
     first = f"{points[0][2]:.2f}" if points else "none"
     return [first, f"{max(norm for _, _, norm in later):.2f}" if later else "none", str(spikes)]
 

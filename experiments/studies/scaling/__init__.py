@@ -62,13 +62,12 @@ def section(found: Sequence[Record], folder: Path) -> str:
 
 
 def best_width(chosen: dict[str, dict[int, list[Record]]], size: int, seeds: int) -> str:
-    """The width of MFA with the lowest mean loss at a size, and how it compares with the paper's, 2H."""
+    """The width of MFA with the lowest mean loss at a size, and how it compares with the next; none before all ran."""
     losses = {name: report.values(chosen.get(name, {}).get(size, [])) for name in WIDTHS}
-    means = {name: float(np.mean(values)) for name, values in losses.items() if values}
-    winner = min(means, key=means.__getitem__, default="none")
-    if winner in ("none", "mfa"):
-        return winner
-    return f"{winner} (against 2H: {report.compared(losses[winner], losses['mfa'], seeds)[1]})"
+    if min(map(len, losses.values())) < seeds:
+        return "too few seeds"
+    winner, second = sorted(losses, key=lambda name: float(np.mean(losses[name])))[:2]
+    return f"{winner} (against {second}: {report.compared(losses[winner], losses[second], seeds)[1]})"
 
 
 def family(record: Record) -> str:
