@@ -130,6 +130,10 @@ def test_what_is_refused() -> None:
         ConvertConfig("a", "b", to="gqa", cache_ratio=2.0, calibration=("x",))
     with pytest.raises(ValueError, match="cache_ratio=1.0: must be above 1 for method='mean_pool'"):
         ConvertConfig("a", "b", to="gqa", method="mean_pool")
+    with pytest.raises(ValueError, match="calibration=.*must be left out: method='mean_pool' at cache_ratio=2 reads"):
+        ConvertConfig("a", "b", to="gqa", method="mean_pool", cache_ratio=2.0, calibration=("nowhere.txt",))
+    with pytest.raises(ValueError, match="ridge=5.0: must be left out: method='key_pca'"):
+        ConvertConfig("a", "b", to="mfa", method="key_pca", cache_ratio=2.0, calibration=("x",), ridge=5.0)
 
 
 def test_a_folder_without_a_tokenizer_names_the_flag(data_dir: Path, tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def _section(model: str, found: list[Measured], folder: Path) -> str:
     others = len(rows) - len(same)
     notes = [_how(same)]
     if others:
-        notes.append(f"Left out: {others} rows of another checkpoint than the original, or measured on other text or items.")
+        notes.append(f"Left out: {others} rows of another checkpoint than the original, or measured on other text or "
+                     f"items.")
     parts = [_losses(same, original), _accuracies(same, original) if original.tasks else "", _costs(same),
              *_pictures(model, same, original, folder)]
     return "\n\n".join([f"### {model}", " ".join(notes), *filter(None, parts)])

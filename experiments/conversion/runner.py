@@ -1,8 +1,8 @@
 """Makes the rows that are not there yet: converts, measures, adds a line.
 
-A conversion is a process of its own, so that its memory is its own. It holds the row's lock, too, so that the row stays
-taken where it outlives this process. What is converted stays in the workdir until its line is written; a conversion that
-was cut off goes on where it was. Several processes may share a plan.
+A conversion is a process of its own, so that its memory is its own. It holds the row's lock, too, so that the row
+stays taken where it outlives this process. What is converted stays in the workdir until its line is written; a
+conversion that was cut off goes on where it was. Several processes may share a plan.
 """
 
 from __future__ import annotations

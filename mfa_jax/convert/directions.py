@@ -70,8 +70,8 @@ def as_pairs(W: np.ndarray) -> np.ndarray:
 def rank_keys(layer: Layer, inv_freq: np.ndarray, moments: Moments, context: int) -> Keys:
     """All pairs of all frequencies as directions, in the order of what they do to scores.
 
-    With `Sigma` the covariance of a frequency's keys (what is common to all keys does not move a softmax) and `w_g` the mean square of the queries that read key head g, the
-    eigenvectors of `diag(w)^1/2 Sigma diag(w)^1/2`.
+    With `Sigma` the covariance of a frequency's keys (what is common to all keys does not move a softmax) and `w_g` the
+    mean square of the queries that read key head g, the eigenvectors of `diag(w)^1/2 Sigma diag(w)^1/2`.
     """
     queries, K = as_pairs(layer["W_Q"]), layer["W_K"].shape[1]
     N, half = queries.shape[1:]

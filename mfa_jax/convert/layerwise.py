@@ -72,8 +72,8 @@ class Layerwise:
         digest = hashlib.sha256(tokens.tobytes())
         for leaf in jax.tree.leaves(params):
             digest.update(np.asarray(leaf).tobytes())
-        self.progress = Progress(folder, {"version": VERSION, "config": to_dict(config), **settings, "tokens": list(tokens.shape),
-                                          "digest": digest.hexdigest()})
+        self.progress = Progress(folder, {"version": VERSION, "config": to_dict(config), **settings,
+                                          "tokens": list(tokens.shape), "digest": digest.hexdigest()})
         if self.progress.layers:
             self.streams = self.progress.state()
 

@@ -5,9 +5,9 @@ are averaged. The paper trains the result on; here it is left as it is.
 
 *Key PCA with real rotations*, after TransMLA (Meng et al., arXiv 2502.07864). Taken from it: for each frequency an
 orthogonal map over the key heads, the same for both elements of a pair (RoRoPE), by PCA of the keys on calibration
-text, and PCA of the values, both by second moments about zero. Not taken: its single head with rope beside keys without
-(all directions compete by their second moment here and keep their frequency), the merging of neighbouring frequencies (FreqFold), balancing keys against
-values before one joint PCA of both, and its training afterwards.
+text, and PCA of the values, both by second moments about zero. Not taken: its single head with rope beside keys
+without (all directions compete by their second moment here and keep their frequency), the merging of neighbouring
+frequencies (FreqFold), balancing keys against values before one joint PCA of both, and its training afterwards.
 """
 
 from __future__ import annotations
