@@ -79,6 +79,17 @@ class ConvertConfig:
         require(self.rows >= 1, "rows", self.rows, "must be at least 1")
         require(self.context >= 2, "context", self.context, "must be at least 2")
         require(self.ridge >= 0, "ridge", self.ridge, "must not be negative")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(field.name not in unread(self.method, self.cache_ratio) or value == field.default, field.name,
+                    value, f"must be left out: method={self.method!r} at cache_ratio={self.cache_ratio:g} reads none")
+
+
+def unread(method: str, ratio: float) -> tuple[str, ...]:
+    """Settings that a conversion does not read."""
+    if ratio == 1 or method == "mean_pool":
+        return ("calibration", "rows", "context", "ridge")
+    return ("ridge",) if method == "key_pca" else ()
 
 
 def width_of(config: ModelConfig, to: str, ratio: float) -> int:
@@ -172,6 +183,7 @@ def main(config: ConvertConfig) -> None:
             f"must hold a GQA model, not {given.attention.variant}")
     require(tokenizer.vocab_size <= given.vocab_size, "tokenizer.vocab_size", tokenizer.vocab_size,
             f"must be at most the model's vocab_size={given.vocab_size}")
+    resumed = any(unfinished(config.out).glob("layer-*.npz"))
     found, converted, layers = convert(config, given, params, tokenizer)
     save_run(config.out, found, balanced(found, converted), tokenizer)
     shutil.rmtree(unfinished(config.out), ignore_errors=True)
@@ -181,7 +193,7 @@ def main(config: ConvertConfig) -> None:
     old, new = (cache_elements_per_token(c.attention) for c in (given, found))
     print(json.dumps({
         "out": config.out, "attention": found.attention.variant, "cached_elements": [old, new],
-        "cache_ratio": round(old / new, 3), "seconds": round(time.monotonic() - start, 1),
+        "cache_ratio": round(old / new, 3), "resumed": resumed, "seconds": round(time.monotonic() - start, 1),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}))
 
 

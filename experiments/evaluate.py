@@ -99,7 +99,10 @@ class EvaluateConfig(DecodingConfig):
             require(length in RULER_LENGTHS, "max_seq_lengths", length,
                     f"must be among {', '.join(map(str, RULER_LENGTHS))}")
         longest = max(self.max_seq_lengths or RULER_LENGTHS[:1])
-        require(not any(map(_is_ruler, self.task_names)) or self.max_length >= longest, "max_length", self.max_length,
+        ruler = any(map(_is_ruler, self.task_names))
+        require(ruler or not self.max_seq_lengths, "max_seq_lengths", list(self.max_seq_lengths),
+                "is for RULER's tasks alone")
+        require(not ruler or self.max_length >= longest, "max_length", self.max_length,
                 f"must be at least {longest}, or RULER's contexts lose their beginning")
         require_new(self.output)
         require(not self.log_samples or self.output is not None, "log_samples", True, "needs --output")

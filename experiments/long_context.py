@@ -69,10 +69,13 @@ def measure(config: LongContextConfig) -> dict[str, Any]:
                              "length": config.length, "rows": config.rows, "text": config.text}
     if config.text is not None and config.names != ["recall"]:
         books = tasks.read_long_documents(config.text, opened.tokenizer, config.documents)
+        lengths = [round(part * config.length) for part in PARTS]
+        if "needle" in config.names:  # a length that it can't have is told before anything is measured
+            for length in lengths:
+                tasks.needle(books, config.rows, length, DEPTHS[0], config.seed, opened.tokenizer)
         if "loss" in config.names:
             found |= by_position(judge, books, config.rows, config.length)
         if "needle" in config.names:
-            lengths = [round(part * config.length) for part in PARTS]
             found |= {"needle_lengths": lengths, "needle_depths": DEPTHS}
             found |= needles(judge, books, config.rows, lengths, DEPTHS, config.seed)
     if "recall" in config.names:

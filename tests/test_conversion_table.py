@@ -7,9 +7,11 @@ import json
 import logging
 import math
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,7 +19,12 @@ from experiments.conversion import measure, report, rows, runner
 from experiments.conversion.rows import Row, Sizes, plan
 from experiments.conversion.runner import Measured, RunConfig
 from experiments.studies import records
+from mfa_jax.config import DataConfig, DistillationConfig, TrainConfig, to_dict
+from mfa_jax.convert import gqa_to_mfa, save_run
 from mfa_jax.data import ByteTokenizer
+from mfa_jax.train.checkpoint import Checkpoints
+from mfa_jax.train.run import CHECKPOINTS
+from tests.contract import compiled, model_config
 
 KINDS = tuple(rows.KINDS)
 SIZES = Sizes(calibration_rows=8, calibration_tokens=128, text_rows=3, text_tokens=64, tasks=())
@@ -52,6 +59,7 @@ def test_every_kind_stands_where_it_can_have_the_ratio() -> None:
     ({"ratios": (0.5,)}, "ratios=0.5: must be at least 1"),
     ({"healed": ("mfa_kr-1.5",)}, "healed='mfa_kr-1.5': must be KIND-RATIO=FOLDER"),
     ({"healed": ("mfa_kr-x=runs",)}, "must be KIND-RATIO=FOLDER"),
+    ({"healed": ("mfa_kr-0.5=runs",)}, "healed='mfa_kr-0.5=runs': must have a ratio of at least 1"),
 ])
 def test_a_plan_refuses_by_name(call: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -63,8 +71,9 @@ def test_a_run_refuses_test_texts_and_rows_without_a_spread() -> None:
         RunConfig(source="x", calibration=("books-test",))
     with pytest.raises(ValueError, match="from='': must name a checkpoint, or be left out with --tiny"):
         RunConfig()
-    with pytest.raises(ValueError, match="text_rows=1: must be at least 2"):
-        Sizes(text_rows=1)
+    for name in ("text_rows", "items"):
+        with pytest.raises(ValueError, match=f"{name}=1: must be at least 2"):
+            Sizes(**{name: 1})
 
 
 def test_what_makes_a_conversion_another_one(tmp_path: Path) -> None:
@@ -88,8 +97,53 @@ def test_what_makes_a_conversion_another_one(tmp_path: Path) -> None:
     plain = settings(Row("key_pca-2", "key_pca", 2.0))
     assert rows.same_conversion({**plain, "ridge": 0.5}, plain)
     assert not rows.same_conversion({**plain, "rows": 9}, plain)
+    exact = settings(Row("mfa-1", "mfa", 1.0))
+    assert rows.same_conversion({**exact, "rows": 9, "context": 7}, exact)  # which it does not read
+    assert not rows.same_conversion({**exact, "to": "mfa_kr"}, exact)
     with pytest.raises(ValueError, match="must be a .gguf file or a folder with safetensors"):
         rows.model_digest(str(tmp_path))
+
+
+def test_a_healed_run_is_what_its_row_says(tmp_path: Path) -> None:
+    gqa = compiled(model_config("gqa", vocab_size=264))
+    save_run(tmp_path / "run", *gqa_to_mfa(gqa.config, gqa.params), ByteTokenizer())
+    runner._require_form(Row("mfa-1-healed", "mfa", 1.0), str(tmp_path / "run"), gqa.config)
+    for kind, ratio, wanted in (("mfa_kr", 1.0, "mfa_kr of 32"), ("mfa", 2.0, "mfa of 16"),
+                                ("mean_pool", 2.0, "gqa of 16")):
+        with pytest.raises(ValueError, match=f"is mfa of 32 cached elements, {kind}-healed must be {wanted}"):
+            runner._require_form(Row(f"{kind}-healed", kind, ratio), str(tmp_path / "run"), gqa.config)
+
+
+def test_a_healed_row_has_no_places(tmp_path: Path) -> None:
+    config = TrainConfig(workdir=str(tmp_path / "run"), model=model_config("mfa_kr", vocab_size=264),
+                         data=DataConfig(tokenizer=str(tmp_path / "tokens.json"), source=str(tmp_path)),
+                         initial=str(tmp_path / "student"), distillation=DistillationConfig(str(tmp_path / "teacher")))
+    with Checkpoints(tmp_path / "run" / CHECKPOINTS) as checkpoints:
+        checkpoints.save(3, {"params": {"x": jnp.zeros(1)}}, {"config": to_dict(config)}, wait=True)
+    found = runner._healing(str(tmp_path / "run"))
+    assert found["step"] == 3 and str(tmp_path) not in json.dumps(found)
+    assert found["config"]["distillation"]["temperature"] == 1.0
+
+
+def test_a_row_stays_taken_while_its_conversion_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from experiments.convert import ConvertConfig
+
+    def start(command: list[str], **options: Any) -> Any:
+        return subprocess.Popen(["sleep", "100"], pass_fds=options["pass_fds"])
+
+    started: list[Any] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "run", lambda *given, **options: started.append(start(*given, **options)))
+        with records.lock(tmp_path / "lock", wait=False) as ours, pytest.raises(AttributeError):
+            assert ours is not None
+            runner._converted(ConvertConfig("x", str(tmp_path / "out")), ours)  # its stdout is not there yet
+    with started[0] as child:
+        with records.lock(tmp_path / "lock", wait=False) as ours:
+            assert ours is None
+        child.kill()
+        child.wait()
+    with records.lock(tmp_path / "lock", wait=False) as ours:
+        assert ours is not None
 
 
 def test_a_command_line_gives_the_same_conversion() -> None:
@@ -132,11 +186,28 @@ def test_a_report_is_made_of_the_lines_alone(tmp_path: Path) -> None:
     page = report.write(str(tmp_path)).read_text()
     assert "| MFA-KR | 2 | 192 | 0.8079 ± " in page and "| 16.44 | 1.350 ± 0.000 |" in page
     assert "MFA-KR, healed on 1 M tokens | 2 | 192 |" in page and "| 1.105 ± 0.000 |" in page
-    assert "1 rows that were measured on other text" in page and "99" not in page
-    assert "| MFA-KR | 2 | 192 | 60 | 1.00 | abc |" in page and "nothing has been measured" not in page.lower()
+    assert "1 rows of another checkpoint than the original, or measured on other text" in page and "99" not in page
+    assert "| MFA-KR | 2 | 192 | 60 | 1.00 | abc |" in page and "has not been measured yet" not in page
     assert {path.name for path in tmp_path.glob("*.png")} == {f"model-{n}.png" for n in ("quality", "accuracy", "cost")}
     again = report.write(str(tmp_path)).read_text()
     assert again == page
+
+
+def test_a_report_tells_checkpoints_and_calibrations_apart(tmp_path: Path) -> None:
+    def of(row: str, cost: Any = None, **convert: Any) -> Measured:
+        given = line(row, [33.0, 23.0, 28.0])
+        convert = {**given.settings["convert"], "source": "0123", **convert}
+        return dataclasses.replace(given, settings={**given.settings, "convert": convert}, cost=cost)
+
+    original = line("original", [30.0, 20.0, 25.0])
+    original = dataclasses.replace(original, settings={**original.settings, "source": "0123"})
+    paid = {"seconds": 60.0, "peak_bytes": 2.0**30}
+    page = report._section("model", [original, of("mfa-2"), of("mfa-3", paid, source="4567")], tmp_path)
+    assert "Left out: 1 rows of another checkpoint" in page and "| MFA | 3 |" not in page
+    assert "Calibration: 16 rows of 512 tokens of valid 0123." in page and "| calibration |" not in page
+    assert "Interrupted, so that their cost is not known: mfa-2." in page
+    page = report._section("model", [original, of("mfa-2"), of("mfa-3", paid, rows=9)], tmp_path)
+    assert "| calibration |" in page and "| 9 rows of 512 tokens of valid 0123 |" in page and "Left out" not in page
 
 
 def test_a_report_without_rows_or_without_the_original_says_so(tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mfa_jax.convert import balanced, gqa_to_mfa
-from mfa_jax.convert.reduce import reduce_gqa
+from mfa_jax.convert import balanced, gqa_to_mfa, gqa_to_mfa_kr
+from mfa_jax.model.transformer import Transformer
 from tests.contract import compiled, model_config, tokens
 
 C = 16
@@ -44,19 +47,35 @@ def test_scales_are_evened_out_and_logits_stay(variant: str, encoding: str) -> N
 
 
 def test_what_nothing_reads_stays_finite() -> None:
-    """The query of an exactly converted model does not look at every width of every layer, nor need it be written."""
+    """An exact MFA-KR with two pairs that nothing reads, and one that is not written."""
     c = compiled(model_config("gqa"))
-    config, params, _ = reduce_gqa(c.config, c.params, np.asarray(tokens(9, (24, 32))), target="mfa_kr", width=30)
-    given = dict(params["layers"]["attention"])
-    given["S_k"] = np.array(given["S_k"])
-    given["S_k"][:, :, [0, 15]] = 0.0
+    config, params = gqa_to_mfa_kr(c.config, c.params)
+    given = {name: np.array(leaf) for name, leaf in params["layers"]["attention"].items()}
+    half = config.attention.latent_dim // 2
+    unread, unwritten = [0, half, 2, half + 2], [1, half + 1]
+    given["Q"][..., unread] = given["O"][:, :, unread] = given["N_kr"][:, :, unread] = 0.0
+    given["S_k"][..., unwritten] = 0.0
     params = {**params, "layers": {**params["layers"], "attention": given}}
     after = balanced(config, params)["layers"]["attention"]
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after)) and not after["S_k"][:, :, [0, 15]].any()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after)) and not after["S_k"][..., unwritten].any()
+    np.testing.assert_array_equal(after["S_k"][..., unread], given["S_k"][..., unread])
 
 
 def test_other_attention_is_left_alone() -> None:
     c = compiled(model_config("gqa"))
     assert balanced(c.config, c.params) is c.params
-    config, params = gqa_to_mfa(c.config, c.params)
-    assert jax.tree.structure(balanced(config, params)) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("convert", [gqa_to_mfa, gqa_to_mfa_kr])
+def test_an_exact_conversion_keeps_its_logits(convert: Any) -> None:
+    c = compiled(model_config("gqa"))
+    config, params = convert(c.config, c.params)
+    logits = jax.jit(Transformer(config).apply)({"params": balanced(config, params)}, tokens())[0]
+    np.testing.assert_allclose(logits, c.full(c.params, tokens()), atol=2e-4)
+
+
+def test_an_odd_width_without_rope_has_no_pairs() -> None:
+    base = model_config("mfa", "none")
+    c = compiled(dataclasses.replace(base, attention=dataclasses.replace(base.attention, latent_dim=15)))
+    found = jax.tree.map(jnp.asarray, balanced(c.config, c.params))
+    np.testing.assert_allclose(c.full(found, tokens()), c.full(c.params, tokens()), atol=2e-5)

@@ -17,7 +17,7 @@ import tokenizers
 from experiments.convert import ConvertConfig, main, pooled_heads
 from mfa_jax.config import GQAConfig, ModelConfig
 from mfa_jax.convert.directions import Moments, rank_keys
-from mfa_jax.convert.plain import key_pca, mean_pool, rank_by_variance
+from mfa_jax.convert.plain import key_pca, mean_pool, rank_by_second_moment
 from mfa_jax.data import ByteTokenizer
 from mfa_jax.model.transformer import Transformer
 from mfa_jax.train.run import load_trained
@@ -60,7 +60,7 @@ def test_real_directions_score_as_before_but_need_more() -> None:
     for kind, factor in (("real", rng.normal(size=4)), ("complex", np.exp(1j * rng.uniform(1, 2, 4)))):
         W_K = np.stack([np.concatenate([k.real, k.imag], axis=1) for k in (first, first * factor)], axis=1)
         layer = {"W_Q": rng.normal(size=(D, N, H)), "W_K": W_K}
-        keys = rank_by_variance(layer, inv_freq, np.eye(D))
+        keys = rank_by_second_moment(layer, inv_freq, np.eye(D))
         x, y = rng.normal(size=(2, D))
         turns = np.exp(1j * 5 * inv_freq)
         for n in range(N):
@@ -130,6 +130,10 @@ def test_what_is_refused() -> None:
         ConvertConfig("a", "b", to="gqa", cache_ratio=2.0, calibration=("x",))
     with pytest.raises(ValueError, match="cache_ratio=1.0: must be above 1 for method='mean_pool'"):
         ConvertConfig("a", "b", to="gqa", method="mean_pool")
+    with pytest.raises(ValueError, match="calibration=.*must be left out: method='mean_pool' at cache_ratio=2 reads"):
+        ConvertConfig("a", "b", to="gqa", method="mean_pool", cache_ratio=2.0, calibration=("nowhere.txt",))
+    with pytest.raises(ValueError, match="ridge=5.0: must be left out: method='key_pca'"):
+        ConvertConfig("a", "b", to="mfa", method="key_pca", cache_ratio=2.0, calibration=("x",), ridge=5.0)
 
 
 def test_a_folder_without_a_tokenizer_names_the_flag(data_dir: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from experiments.convert import ConvertConfig, calibration_rows, main, width_of
 from mfa_jax.config import ModelConfig, PositionConfig
 from mfa_jax.convert import load_pretrained, pretrained_tokenizer
-from mfa_jax.convert.directions import Moments, rank_keys
+from mfa_jax.convert.directions import Keys, Moments, rank_keys, with_values
 from mfa_jax.convert.reduce import reduce_gqa
 from mfa_jax.data import ByteTokenizer
 from mfa_jax.model.transformer import Transformer
@@ -82,6 +82,20 @@ def test_a_model_that_needs_less_loses_nothing() -> None:
         np.testing.assert_allclose(logits(config, converted, tokens()), expected, rtol=0, atol=1e-3)
 
 
+def test_fewer_keys_than_values_can_fill_up_are_no_candidate() -> None:
+    """All key heads equal, so that few keys say all: values have but 16 directions, and a layer has 30 elements."""
+    c = compiled(model_config("gqa"))
+    given = dict(c.params["layers"]["attention"])
+    given["W_K"] = jnp.repeat(given["W_K"][:, :, :1], 2, axis=2)
+    params = {**c.params, "layers": {**c.params["layers"], "attention": given}}
+    config, converted, reports = reduce_gqa(c.config, params, np.asarray(TEXT), target="mfa_kr", width=30)
+    assert converted["layers"]["attention"]["S_k"].shape == (2, config.model_dim, 30)
+    assert all(report.key_elements >= 30 - 16 for report in reports)
+    layer = {"W_V": np.zeros((4, 2, 8)), "W_O": np.zeros((4, 8, 4))}
+    with pytest.raises(ValueError, match="count=17: must be in 0 .. 16"):
+        with_values(layer, Keys(*np.zeros((3, 0))), 17, np.eye(4))
+
+
 def test_an_interrupted_conversion_goes_on(tmp_path: Path) -> None:
     c, text, seen = compiled(model_config("gqa")), np.asarray(TEXT), []
 
@@ -112,17 +126,17 @@ def test_the_script_on_a_trained_model(data_dir: Path, tmp_path: Path, capsys: p
     stories = data_dir / "models" / "stories260K"
     text = (stories / "stories260K.md").read_text().split("-t 0.0\n")[1].split("\n```")[0]
     (tmp_path / "text.txt").write_text(text * 12)
-    options = {"source": str(stories), "tokenizer": "tok512.bin", "calibration": (str(tmp_path / "text.txt"),),
-               "rows": 16, "context": 64, "report": True}
+    options = {"source": str(stories), "tokenizer": "tok512.bin", "report": True}
+    calibrated = {"calibration": (str(tmp_path / "text.txt"),), "rows": 16, "context": 64}
     ids = np.load(stories / "golden_stories260K_fp64.npz")["ids"][None]
     expected = logits(*load_pretrained(stories), ids)
     errors = {}
     for ratio in (1.0, 1.5):
         out = tmp_path / f"run{ratio}"
-        main(ConvertConfig(out=str(out), cache_ratio=ratio, **options))
+        main(ConvertConfig(out=str(out), cache_ratio=ratio, **options, **(calibrated if ratio > 1 else {})))
         *layers, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert not out.with_name(f"{out.name}.unfinished").exists()
-        assert last["cache_ratio"] >= ratio and len(layers) == (0 if ratio == 1 else 5)
+        assert not last["resumed"] and last["cache_ratio"] >= ratio and len(layers) == (0 if ratio == 1 else 5)
         trained = load_trained(out)
         assert trained.tokenizer.encode("Once").tolist() == pretrained_tokenizer(stories, "tok512.bin").encode(
             "Once").tolist()
@@ -157,6 +171,8 @@ def test_what_is_refused() -> None:
         width_of(c.config, "mfa_kr", 17.0)
     assert (width_of(c.config, "mfa", 2.0), width_of(c.config, "mfa_kr", 1.5)) == (8, 20)
     for options, message in (({"cache_ratio": 0.5}, "cache_ratio=0.5"), ({"cache_ratio": 2.0}, "calibration=None"),
-                             ({"rows": 0}, "rows=0"), ({"context": 1}, "context=1"), ({"ridge": -1.0}, "ridge=-1.0")):
+                             ({"rows": 0}, "rows=0"), ({"context": 1}, "context=1"), ({"ridge": -1.0}, "ridge=-1.0"),
+                             ({"ridge": 0.5}, "ridge=0.5: must be left out: method='commuting' at cache_ratio=1 "),
+                             ({"calibration": ("x",)}, "calibration=.*must be left out")):
         with pytest.raises(ValueError, match=message):
             ConvertConfig("a", "b", **options)

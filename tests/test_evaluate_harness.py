@@ -258,6 +258,16 @@ def test_a_library_that_is_missing_is_named(tmp_path: Path) -> None:
         load_tasks(EvaluateConfig(tasks="local_ds1000", local_data=str(tmp_path), confirm_run_unsafe_code=True))
 
 
+def test_programs_find_libraries_where_we_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mfa_jax.evaluate.tasks import ds1000
+
+    (tmp_path / "only_here.py").write_text("")
+    context = "def test_execution(code):\n    exec(code)"
+    assert not ds1000.passes(context, "import only_here")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert ds1000.passes(context, "import only_here")
+
+
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("hellaswag_val.jsonl.xz", None, "holds no hellaswag_val.jsonl.xz"),
     ("hellaswag_val.jsonl.xz", '{"query": "a", "choices": []}\n', "hellaswag_val.jsonl.xz:1.*lacks gold"),
@@ -283,6 +293,7 @@ def test_files_that_cannot_be_read(files: Path, name: str, content: str | None, 
     ({"log_samples": True}, "log_samples=True: needs --output"),
     ({"system_instruction": "x"}, "system_instruction='x': needs --apply-chat-template"),
     ({"max_seq_lengths": (5000,)}, "max_seq_lengths=5000: must be among 4096, 8192, "),
+    ({"max_seq_lengths": (4096,)}, r"max_seq_lengths=\[4096\]: is for RULER's tasks alone"),
     ({"tasks": "ruler_vt"}, "max_length=2048: must be at least 4096, or RULER's contexts lose their beginning"),
     ({"tasks": "niah_single_1", "max_seq_lengths": (4096, 8192), "max_length": 4096}, "must be at least 8192"),
 ])

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from experiments.long_context import LongContextConfig, main
+from experiments.long_context import LongContextConfig, main, measure
 from experiments.studies.long_context import measurements, tasks
 from experiments.studies.long_context.measurements import Judge
 from mfa_jax.convert import save_run
@@ -118,6 +118,15 @@ def test_bad_flags_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LongContextConfig(**{"hf": "x", "text": "books.txt", **changes})
     LongContextConfig(hf="x", tasks="recall")
+
+
+@pytest.mark.slow
+def test_a_length_without_room_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_run(tmp_path / "run", C.config, C.params, ByteTokenizer())
+    (tmp_path / "books.txt").write_text(TEXT * 200)
+    monkeypatch.setattr(Judge, "bits", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ValueError, match="length=32: the needle and its question take"):
+        measure(LongContextConfig(workdir=str(tmp_path / "run"), text=str(tmp_path / "books.txt"), length=64, rows=2))
 
 
 def test_short_documents_are_refused(tmp_path: Path) -> None:

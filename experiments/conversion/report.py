@@ -43,15 +43,30 @@ def _section(model: str, found: list[Measured], folder: Path) -> str:
     original = rows.get(ORIGINAL)
     if original is None:
         return f"### {model}\n\n**The original has not been measured yet**; without it nothing is compared."
-    same = [record for record in rows.values() if record.settings["measure"] == original.settings["measure"]]
+    same = [record for record in rows.values() if record.settings["measure"] == original.settings["measure"]
+            and _source(record) == _source(original)]
     same.sort(key=lambda r: (r.ratio, r.kind != ORIGINAL, _order(r.kind), "healing" in r.settings))
     others = len(rows) - len(same)
     notes = [_how(same)]
     if others:
-        notes.append(f"Left out: {others} rows that were measured on other text or items than the original.")
+        notes.append(f"Left out: {others} rows of another checkpoint than the original, or measured on other text or "
+                     f"items.")
     parts = [_losses(same, original), _accuracies(same, original) if original.tasks else "", _costs(same),
              *_pictures(model, same, original, folder)]
     return "\n\n".join([f"### {model}", " ".join(notes), *filter(None, parts)])
+
+
+def _source(row: Measured) -> str | None:
+    """Digest of the checkpoint that a row's model is, or was made from."""
+    digest: str | None = row.settings.get("convert", row.settings).get("source")
+    return digest
+
+
+def _calibration(row: Measured) -> str:
+    """What text a conversion was given, as a cell; empty where there is none."""
+    c = row.settings.get("convert", {})
+    return f"{c['rows']} rows of {c['context']} tokens of {' and '.join(c['calibration'])}" if c.get(
+        "calibration") else ""
 
 
 def _order(kind: str) -> int:
@@ -63,13 +78,11 @@ def _how(rows: Sequence[Measured]) -> str:
         return ", ".join(sorted({str(value) for value in values}))
 
     measured = rows[0].settings["measure"]
-    calibrated = [r.settings["convert"] for r in rows if r.settings.get("convert", {}).get("calibration")]
+    calibrations = {*map(_calibration, rows)} - {""}
     text = (f"{measured['rows']} rows of {measured['tokens']} predicted tokens of each text "
             f"({', '.join(measured['texts'])}, with digests), the first {measured['items']} items of each task.")
-    if calibrated:
-        settings = every(f"{c['rows']} rows of {c['context']} tokens of {' and '.join(c['calibration'])}"
-                         for c in calibrated)
-        text += f" Calibration: {settings}."
+    if len(calibrations) == 1:
+        text += f" Calibration: {every(calibrations)}."
     machines = [row.machine for row in rows]
     return (f"{text} {every(m['device'] for m in machines)}, {every(m['host'] for m in machines)}, jax "
             f"{every(m['jax'] for m in machines)}; {every(m['date'] for m in machines)}; standard errors behind ±.")
@@ -117,6 +130,8 @@ def _losses(rows: Sequence[Measured], original: Measured) -> str:
     header = ["model", "ratio", "cached"]
     for name in names:
         header += [f"{name}: bits per byte", "perplexity", "over the original's"]
+    calibrated = len({*map(_calibration, rows)} - {""}) > 1
+    header += ["calibration"] if calibrated else []
     lines = []
     for row in rows:
         cells = _label(row)
@@ -125,7 +140,7 @@ def _losses(rows: Sequence[Measured], original: Measured) -> str:
                 *perplexity_ratio(row.texts[name], original.texts[name])))
             cells += ["{:.4f} ± {:.4f}".format(*bits_per_byte(row.texts[name])), f"{perplexity(row.texts[name]):.2f}",
                       ratio]
-        lines.append(cells)
+        lines.append(cells + ([_calibration(row)] if calibrated else []))
     return table(header, lines)
 
 
@@ -167,7 +182,11 @@ def _accuracies(rows: Sequence[Measured], original: Measured) -> str:
 def _costs(rows: Sequence[Measured]) -> str:
     lines = [[*_label(row), f"{row.cost['seconds']:.0f}", f"{row.cost['peak_bytes'] / 2**30:.2f}",
               str(row.machine["commit"])] for row in rows if row.cost is not None]
-    return table(["conversion", "ratio", "cached", "seconds", "peak memory, GiB", "commit"], lines) if lines else ""
+    parts = [table(["conversion", "ratio", "cached", "seconds", "peak memory, GiB", "commit"], lines)] if lines else []
+    resumed = [row.row for row in rows if "convert" in row.settings and row.cost is None]
+    if resumed:
+        parts.append(f"Interrupted, so that their cost is not known: {', '.join(resumed)}.")
+    return "\n\n".join(parts)
 
 
 def _pictures(model: str, rows: Sequence[Measured], original: Measured, folder: Path) -> list[str]:

@@ -8,8 +8,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from experiments.convert import ConvertConfig
-from mfa_jax.config import require
+from experiments.convert import ConvertConfig, pooled_heads, unread, width_of
+from mfa_jax.config import GQAConfig, ModelConfig, require
 
 ORIGINAL = "original"
 KINDS: dict[str, dict[str, Any]] = {
@@ -40,9 +40,11 @@ class Sizes:
     tasks: tuple[str, ...] = ("local_hellaswag", "local_piqa", "local_openbookqa", "local_siqa")
 
     def __post_init__(self) -> None:
-        for name in ("calibration_rows", "calibration_tokens", "text_tokens", "items"):
+        for name in ("calibration_rows", "calibration_tokens", "text_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        require(self.text_rows >= 2, "text_rows", self.text_rows, "must be at least 2: errors are estimated from them")
+        for name in ("text_rows", "items"):
+            require(getattr(self, name) >= 2, name, getattr(self, name),
+                    "must be at least 2: errors are estimated from them")
 
 
 TINY = Sizes(calibration_rows=8, calibration_tokens=128, text_rows=4, text_tokens=96, items=6)
@@ -91,6 +93,7 @@ def _healed(given: str) -> Row:
     kind, _, ratio = name.rpartition("-")
     require(bool(folder) and kind in KINDS and ratio.replace(".", "", 1).isdigit(), "healed", given,
             "must be KIND-RATIO=FOLDER, such as mfa_kr-1.5=runs/healed")
+    require(float(ratio) >= 1, "healed", given, "must have a ratio of at least 1")
     return Row(f"{kind}-{float(ratio):g}-healed", kind, float(ratio), folder)
 
 
@@ -98,9 +101,19 @@ def conversion(row: Row, sizes: Sizes, source: str, tokenizer: str | None, calib
                out: str) -> ConvertConfig:
     """What `experiments.convert` is asked for."""
     needs = row.ratio > 1 and row.kind != "mean_pool"
-    return ConvertConfig(source, out, cache_ratio=row.ratio, calibration=calibration if needs else (),
-                         rows=sizes.calibration_rows, context=sizes.calibration_tokens, tokenizer=tokenizer,
-                         **KINDS[row.kind])
+    text: dict[str, Any] = {"calibration": calibration, "rows": sizes.calibration_rows,
+                            "context": sizes.calibration_tokens}
+    return ConvertConfig(source, out, cache_ratio=row.ratio, tokenizer=tokenizer, **KINDS[row.kind],
+                         **(text if needs else {}))
+
+
+def cached_elements(row: Row, model: ModelConfig) -> int:
+    """What a row's model must cache, of a token and layer."""
+    to = KINDS[row.kind]["to"]
+    if to == "gqa":
+        assert isinstance(model.attention, GQAConfig)
+        return 2 * pooled_heads(model, row.ratio) * model.attention.head_dim
+    return width_of(model, to, row.ratio) * (1 if to == "mfa_kr" else 2)
 
 
 def conversion_settings(config: ConvertConfig) -> dict[str, Any]:
@@ -112,14 +125,10 @@ def conversion_settings(config: ConvertConfig) -> dict[str, Any]:
     return {**found, "source": model_digest(config.source), "calibration": digests}
 
 
-UNUSED: dict[str, tuple[str, ...]] = {"key_pca": ("ridge",), "mean_pool": ("ridge", "rows", "context")}
-"""Settings that a method does not read."""
-
-
 def same_conversion(recorded: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Whether two conversions have the same settings: one that was written without a field has its default."""
     defaults = {field.name: field.default for field in dataclasses.fields(ConvertConfig)}
-    names = {*recorded, *wanted} - {*UNUSED.get(wanted.get("method", ""), ())}
+    names = {*recorded, *wanted} - {*unread(wanted.get("method", ""), wanted.get("cache_ratio", 1.0))}
     return all(recorded.get(name, defaults.get(name)) == wanted.get(name, defaults.get(name)) for name in names)
 
 

@@ -1,7 +1,8 @@
 """Makes the rows that are not there yet: converts, measures, adds a line.
 
-A conversion is a process of its own, so that its memory is its own. What is converted stays in the workdir until its
-line is written; a conversion that was cut off goes on where it was. Several processes may share a plan.
+A conversion is a process of its own, so that its memory is its own. It holds the row's lock, too, so that the row
+stays taken where it outlives this process. What is converted stays in the workdir until its line is written; a
+conversion that was cut off goes on where it was. Several processes may share a plan.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from experiments.opening import Opened, open_model
 from experiments.studies import corpus, records, runner
 from experiments.studies.study import identity
 from mfa_jax.capacity import cache_elements_per_token
-from mfa_jax.config import GQAConfig, TrainConfig, from_dict, require
-from mfa_jax.convert import load_pretrained
+from mfa_jax.config import GQAConfig, ModelConfig, TrainConfig, from_dict, require
+from mfa_jax.convert import pretrained_config
 from mfa_jax.train.checkpoint import Checkpoints
 from mfa_jax.train.run import CHECKPOINTS
 
@@ -47,7 +48,8 @@ class Measured:
     cached_elements: list[int]
     """Of a token and layer: the original's, this model's."""
     cost: dict[str, float] | None
-    """`seconds` and `peak_bytes` of the conversion; None for the original and for what was healed."""
+    """`seconds` and `peak_bytes` of the conversion; None for the original, for what was healed, and for a conversion
+    that was interrupted and went on, of which only the last part is known."""
     texts: dict[str, dict[str, Any]]
     """`measure.TextLoss` of each test text."""
     tasks: dict[str, dict[str, Any]]
@@ -108,16 +110,17 @@ def run(config: RunConfig) -> None:
     """
     config = config.resolved()
     runner.keep_compiled_programs(Path(config.workdir) / "compiled")
-    planned, original = _plan(config)
+    planned, model = _plan(config)
+    original = cache_elements_per_token(model.attention)
     failed = []
     for row in planned:
         settings = _settings(config, row)
         folder = Path(config.workdir) / f"{row.name}-{_short(settings)}"
         with records.lock(folder.with_name(f"{folder.name}.lock"), wait=False) as ours:
-            if not ours or _is_done(config, row, settings):
+            if ours is None or _is_done(config, row, settings):
                 continue
             try:
-                measured = _execute(config, row, settings, folder, original)
+                measured = _execute(config, row, settings, folder, original, ours)
             except subprocess.CalledProcessError as error:  # it has said why on its own
                 print(f"{row.name}: the conversion ended with code {error.returncode}", file=sys.stderr)
                 failed.append(row.name)
@@ -130,19 +133,31 @@ def run(config: RunConfig) -> None:
         raise ValueError(f"rows that could not be converted: {', '.join(failed)}")
 
 
-def _plan(config: RunConfig) -> tuple[list[Row], int]:
-    """The rows, and what the original caches."""
+def _plan(config: RunConfig) -> tuple[list[Row], ModelConfig]:
+    """The rows, and the original's config."""
     for name in (*config.calibration, *measure.TEXTS):
         corpus.find(name)
-    model, _ = load_pretrained(config.source)
+    model = pretrained_config(config.source)
     require(isinstance(model.attention, GQAConfig), "from", config.source, "must hold a GQA model")
     assert isinstance(model.attention, GQAConfig)
     planned = rows.plan(config.ratios, config.kinds, model.attention.num_kv_heads, config.healed)
     names = [row.name for row in planned]
     for name in config.only:
         require(name in names, "only", name, f"must be among {', '.join(names)}")
-    return ([row for row in planned if not config.only or row.name in config.only],
-            cache_elements_per_token(model.attention))
+    planned = [row for row in planned if not config.only or row.name in config.only]
+    for row in planned:
+        if row.healed is not None:
+            _require_form(row, row.healed, model)
+    return planned, model
+
+
+def _require_form(row: Row, folder: str, model: ModelConfig) -> None:
+    """Refuses a healed model that is not what its row is called."""
+    found = _run(folder)[1].model.attention
+    wanted = rows.KINDS[row.kind]["to"], rows.cached_elements(row, model)
+    require((found.kind, cache_elements_per_token(found)) == wanted, "healed", folder,
+            f"is {found.kind} of {cache_elements_per_token(found)} cached elements, {row.name} must be {wanted[0]} of "
+            f"{wanted[1]}")
 
 
 def _conversion(config: RunConfig, row: Row, folder: Path) -> ConvertConfig:
@@ -157,7 +172,7 @@ def _settings(config: RunConfig, row: Row) -> dict[str, Any]:
         "rows": sizes.text_rows, "tokens": sizes.text_tokens, "items": sizes.items, "tasks": sizes.tasks,
         "texts": [rows.text_digest(str(corpus.find(name))) for name in measure.TEXTS]}}
     if row.healed is not None:
-        found["healing"] = _healing(row.healed)
+        found |= {"healing": _healing(row.healed), "source": rows.model_digest(config.source)}
     elif row.kind == ORIGINAL:
         found["source"] = rows.model_digest(config.source)
     else:
@@ -166,14 +181,23 @@ def _settings(config: RunConfig, row: Row) -> dict[str, Any]:
 
 
 def _healing(folder: str) -> dict[str, Any]:
-    """How a run trained, and how far it is. Raises: ValueError: no run, or no finished checkpoint."""
+    """How a run trained, and how far it is, without places on this machine. Raises: as `_run`."""
+    step, config = _run(folder)
+    found = identity(config)
+    del found["initial"], found["data"]["tokenizer"]
+    (found["distillation"] or {}).pop("teacher", None)
+    return {"step": step, "config": found}
+
+
+def _run(folder: str) -> tuple[int, TrainConfig]:
+    """A run's newest step, and its config. Raises: ValueError: no run, or no finished checkpoint."""
     path = Path(folder) / CHECKPOINTS
     require(path.is_dir(), "healed", folder, "holds no run")
     with Checkpoints(path, read_only=True) as checkpoints:
         found = checkpoints.read_meta(None)
     require(found is not None, "healed", folder, "holds no finished checkpoint yet")
     assert found is not None
-    return {"step": found[0], "config": identity(from_dict(TrainConfig, found[1]["config"]))}
+    return found[0], from_dict(TrainConfig, found[1]["config"])
 
 
 def _short(settings: dict[str, Any]) -> str:
@@ -197,14 +221,16 @@ def latest(found: list[Measured]) -> dict[tuple[str, str], Measured]:
     return {(record.model, record.row): record for record in found}
 
 
-def _execute(config: RunConfig, row: Row, settings: dict[str, Any], folder: Path, original: int) -> Measured:
+def _execute(
+    config: RunConfig, row: Row, settings: dict[str, Any], folder: Path, original: int, lock: int
+) -> Measured:
     start, cost = time.perf_counter(), None
     if row.healed is not None:
-        opened = open_model(row.healed, None)
+        opened = open_model(row.healed, None, step=settings["healing"]["step"])
     elif row.kind == ORIGINAL:
         opened = open_model(None, config.source, tokenizer=config.tokenizer)
     else:
-        cost = _converted(_conversion(config, row, folder))
+        cost = _converted(_conversion(config, row, folder), lock)
         opened = open_model(str(folder), None)
     texts, tasks = _measured(config.sizes, opened)
     return Measured(_name(config), row.name, row.kind, row.ratio, settings,
@@ -219,8 +245,8 @@ def _measured(sizes: Sizes, opened: Opened) -> tuple[dict[str, dict[str, Any]], 
     return texts, {task: dataclasses.asdict(score) for task, score in found.items()}
 
 
-def _converted(config: ConvertConfig) -> dict[str, float]:
-    """Converts, unless an earlier start did; what it cost.
+def _converted(config: ConvertConfig, lock: int) -> dict[str, float] | None:
+    """Converts, unless an earlier start did; what it cost, None where that is not known. The process holds the lock.
 
     Raises:
       CalledProcessError: the conversion failed, and said why.
@@ -232,10 +258,11 @@ def _converted(config: ConvertConfig) -> dict[str, float]:
         command = [sys.executable, "-m", "experiments.convert", *_flags(config)]
         # On Linux a process inherits the peak memory of the one that it was spawned from; a shell's is small.
         done = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *command], check=True, text=True,
-                              stdout=subprocess.PIPE)
+                              stdout=subprocess.PIPE, pass_fds=(lock,))
         cost.write_text(done.stdout.splitlines()[-1])
     found = json.loads(cost.read_text())
-    return {"seconds": found["seconds"], "peak_bytes": found["peak_bytes"]}
+    # Of a conversion that went on, these are those of its last part.
+    return None if found.get("resumed") else {"seconds": found["seconds"], "peak_bytes": found["peak_bytes"]}
 
 
 def _flags(config: ConvertConfig) -> list[str]:

@@ -79,16 +79,17 @@ def append(folder: Path, record: DataclassInstance) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Holds a lock file; gives False where another process holds it and `wait` is False.
+def lock(path: Path, *, wait: bool) -> Iterator[int | None]:
+    """Holds a lock file; gives its descriptor, or None where another process holds it and `wait` is False.
 
-    The lock ends with its process, however that ends, so that nothing is ever left locked.
+    The lock ends with its process, however that ends, so that nothing is ever left locked; with the last of them where
+    the descriptor was handed on to another.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            yield False
+            yield None
             return
-        yield True
+        yield file.fileno()

@@ -91,7 +91,7 @@ def _claim(study: Study, scale: Scale, folders: Folders, text: corpus.Corpus, ru
     digest = hashlib.sha256(json.dumps(identity(run.config)).encode()).hexdigest()[:8]
     folder = folders.work / study.name / scale.name / f"{run.name}-{digest}"
     with records.lock(folder.with_name(f"{folder.name}.lock"), wait=False) as ours:
-        if not ours or run.name in _state(study, scale, folders, text)[1]:
+        if ours is None or run.name in _state(study, scale, folders, text)[1]:
             return False
         record = execute(study, scale, text, run, folder)
         records.append(folders.results, record)

@@ -21,6 +21,8 @@ _SMALLEST = 1e-12
 def balanced(config: ModelConfig, params: Any) -> Any:
     """The parameters of an MFA or MFA-KR model that computes the same, to rounding; of others, as they are.
 
+    Memory: the attention once more, and one layer's in float64.
+
     Args:
       params: layers stacked.
     """
@@ -29,35 +31,33 @@ def balanced(config: ModelConfig, params: Any) -> Any:
         return params
     given = params["layers"]["attention"]
     names = [name for name in ("S_k", "S_v", "Q", "O", "N_kr") if name in given]
-    wide = {name: np.asarray(given[name], np.float64) for name in names}
-    by_query, by_output = (np.mean(wide["Q"] ** 2, axis=(1, 2)), np.mean(wide["O"] ** 2, axis=(1, 3)))
-    if a.kind == "mfa_kr":
-        keys = values = _by_pair(_scale(_by_column(wide["S_k"]), by_query + by_output, pairs=True))
-        wide["N_kr"] *= values[:, :, None] / keys[:, None]
+    new = {name: np.empty(given[name].shape, given[name].dtype) for name in names}
+    for i in range(config.num_layers):
+        wide = {name: np.array(given[name][i], np.float64) for name in names}
+        _balance(wide, pairs=config.position.kind == "rope")
+        for name in names:
+            new[name][i] = wide[name]
+    return {**params, "layers": {**params["layers"], "attention": {**given, **new}}}
+
+
+def _balance(layer: dict[str, np.ndarray], *, pairs: bool) -> None:
+    """Scales one layer in place; the elements of a pair that rope turns alike, where `pairs`."""
+    by_query, by_output = np.mean(layer["Q"] ** 2, axis=(0, 1)), np.mean(layer["O"] ** 2, axis=(0, 2))
+    if "N_kr" in layer:
+        keys = values = _scale(layer["S_k"], by_query + by_output, pairs)
+        layer["N_kr"] *= values[:, None] / keys
     else:
-        keys = _by_pair(_scale(_by_column(wide["S_k"]), by_query, pairs=True))
-        values = _scale(_by_column(wide["S_v"]), by_output, pairs=False)
-        wide["S_v"] *= values[:, None]
-    wide["S_k"] *= keys[:, None]
-    wide["Q"] /= keys[:, None, None]
-    wide["O"] /= values[:, None, :, None]
-    attention = {**given, **{name: leaf.astype(given[name].dtype) for name, leaf in wide.items()}}
-    return {**params, "layers": {**params["layers"], "attention": attention}}
+        keys, values = _scale(layer["S_k"], by_query, pairs), _scale(layer["S_v"], by_output, False)
+        layer["S_v"] *= values
+    layer["S_k"] *= keys
+    layer["Q"] /= keys
+    layer["O"] /= values[:, None]
 
 
-def _by_column(S: np.ndarray) -> np.ndarray:
-    """`[L, D, C]` to the mean squares `[L, C]`."""
-    return np.mean(S**2, axis=1)
-
-
-def _scale(written: np.ndarray, read: np.ndarray, *, pairs: bool) -> np.ndarray:
-    """What a width must be scaled by for both mean squares to be equal; `[L, C]`, or `[L, C / 2]` for pairs."""
-    if pairs:
-        written, read = (np.add(*np.split(x, 2, axis=1)) for x in (written, read))
+def _scale(S: np.ndarray, read: np.ndarray, pairs: bool) -> np.ndarray:
+    """What each width of `S [D, C]` must be scaled by for its mean square to be that which reads it; `[C]`."""
+    written = np.mean(S**2, axis=0)
+    if pairs:  # half-split: elements j and j + C / 2
+        written, read = (np.tile(np.add(*np.split(x, 2)), 2) for x in (written, read))
     used = (written > _SMALLEST) & (read > _SMALLEST)
     return np.where(used, np.where(used, read, 1) / np.where(used, written, 1), 1) ** 0.25
-
-
-def _by_pair(scale: np.ndarray) -> np.ndarray:
-    """Half-split: elements j and j + C / 2 are a pair."""
-    return np.concatenate([scale, scale], axis=1)

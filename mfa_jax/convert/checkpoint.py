@@ -57,12 +57,8 @@ def load_pretrained(
     """
     path = Path(path)
     with contextlib.ExitStack() as stack:
-        if path.suffix == ".gguf":
-            values, tensors, inv_freq = gguf_file.open_file(path)
-        else:
-            values, inv_freq = load_json(dict, path / CONFIG), None
-            tensors = {}
-        config = dataclasses.replace(config_from_hf(values), dtype=from_dict(DType, dtype, "dtype"), inv_freq=inv_freq,
+        values, tensors, config = _read(path)
+        config = dataclasses.replace(config, dtype=from_dict(DType, dtype, "dtype"),
                                      param_dtype=from_dict(DType, param_dtype, "param_dtype"))
         tensors = tensors or open_tensors(path, stack)
         mesh = mesh or axes.make_mesh((1,) * len(axes.MESH_AXES), jax.devices()[:1])
@@ -71,6 +67,20 @@ def load_pretrained(
         _check(tensors, table, nn.unbox(boxed))
         return config, jax.tree_util.tree_map_with_path(
             functools.partial(_load, tensors, table), nn.unbox(boxed), axes.shardings(boxed, mesh))
+
+
+def pretrained_config(path: str | Path) -> ModelConfig:
+    """The config alone, without the weights. Raises: as `load_pretrained`."""
+    return _read(Path(path))[2]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], ModelConfig]:
+    """The values of a `config.json`, the tensors of a `.gguf` file, none of a folder, and the config, of float32."""
+    if path.suffix == ".gguf":
+        values, tensors, inv_freq = gguf_file.open_file(path)
+        return values, tensors, dataclasses.replace(config_from_hf(values), inv_freq=inv_freq)
+    values = load_json(dict, path / CONFIG)
+    return values, {}, config_from_hf(values)
 
 
 def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mfa_jax.config import require
 from mfa_jax.convert.exact import INV_FREQ, Layer, beside
 
 
@@ -69,8 +70,8 @@ def as_pairs(W: np.ndarray) -> np.ndarray:
 def rank_keys(layer: Layer, inv_freq: np.ndarray, moments: Moments, context: int) -> Keys:
     """All pairs of all frequencies as directions, in the order of what they do to scores.
 
-    With `Sigma` the covariance of a frequency's keys and `w_g` the mean square of the queries that read key head g, the
-    eigenvectors of `diag(w)^1/2 Sigma diag(w)^1/2`.
+    With `Sigma` the covariance of a frequency's keys (what is common to all keys does not move a softmax) and `w_g` the
+    mean square of the queries that read key head g, the eigenvectors of `diag(w)^1/2 Sigma diag(w)^1/2`.
     """
     queries, K = as_pairs(layer["W_Q"]), layer["W_K"].shape[1]
     N, half = queries.shape[1:]
@@ -155,7 +156,11 @@ def _largest(
 
     Returns:
       the map from a token `[D, count]`, and back to the values `[count, K H]`.
+
+    Raises:
+      ValueError: more directions than values have.
     """
+    require(0 <= count <= W.shape[1], "count", count, f"must be in 0 .. {W.shape[1]}, the elements of all values")
     root = back = np.eye(W.shape[1])
     if metric is not None:
         values, vectors = np.linalg.eigh(metric)

@@ -18,6 +18,9 @@ from mfa_jax.convert import activations
 from mfa_jax.convert.exact import Layer, require_plain
 from mfa_jax.convert.progress import Progress
 
+VERSION = 1
+"""Of what a conversion makes of the same input: one more where code that changes it, for layers of two don't mix."""
+
 Streams = dict[str, np.ndarray]
 """Of each model that is followed, the stream `[rows, T, D]` before the layer at hand."""
 
@@ -69,8 +72,8 @@ class Layerwise:
         digest = hashlib.sha256(tokens.tobytes())
         for leaf in jax.tree.leaves(params):
             digest.update(np.asarray(leaf).tobytes())
-        self.progress = Progress(folder, {"config": to_dict(config), **settings, "tokens": list(tokens.shape),
-                                          "digest": digest.hexdigest()})
+        self.progress = Progress(folder, {"version": VERSION, "config": to_dict(config), **settings,
+                                          "tokens": list(tokens.shape), "digest": digest.hexdigest()})
         if self.progress.layers:
             self.streams = self.progress.state()
 

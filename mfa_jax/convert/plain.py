@@ -5,9 +5,9 @@ are averaged. The paper trains the result on; here it is left as it is.
 
 *Key PCA with real rotations*, after TransMLA (Meng et al., arXiv 2502.07864). Taken from it: for each frequency an
 orthogonal map over the key heads, the same for both elements of a pair (RoRoPE), by PCA of the keys on calibration
-text, and PCA of the values. Not taken: its single head with rope beside keys without (all directions compete by their
-variance here and keep their frequency), the merging of neighbouring frequencies (FreqFold), balancing keys against
-values before one joint PCA of both, and its training afterwards.
+text, and PCA of the values, both by second moments about zero. Not taken: its single head with rope beside keys
+without (all directions compete by their second moment here and keep their frequency), the merging of neighbouring
+frequencies (FreqFold), balancing keys against values before one joint PCA of both, and its training afterwards.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def key_pca(
     config: ModelConfig, params: Any, tokens: np.ndarray, *, width: int, folder: Path | None = None,
     on_layer: Callable[[LayerReport], None] = lambda report: None,
 ) -> tuple[ModelConfig, Any, list[LayerReport]]:
-    """A GQA model as MFA with C = `width`, `2 C` cached elements: the directions of keys and values that vary most.
+    """A GQA model as MFA with C = `width`, `2 C` cached elements: the largest directions of keys and values.
 
     Arguments and errors as in `reduce.reduce_gqa`. Reported errors are those of each layer by itself, of the original's
     own stream; the second is the first.
@@ -69,7 +69,7 @@ def key_pca(
     def step(layer: Layer, i: int, streams: Streams) -> tuple[Layer, LayerReport]:
         stream = streams["original"]
         moments, output = activations.observe(config, layer, frequencies[i], stream)
-        keys = rank_by_variance(layer, frequencies[i], moments.tokens)
+        keys = rank_by_second_moment(layer, frequencies[i], moments.tokens)
         reduced = with_values(layer, first(keys, width // 2), width, moments.tokens)
         error = activations.misses(activations.output_of(config, reduced, stream), output)
         stream += output
@@ -83,7 +83,7 @@ def key_pca(
     return new, converted, walk.reports
 
 
-def rank_by_variance(layer: Layer, inv_freq: np.ndarray, second: np.ndarray) -> Keys:
+def rank_by_second_moment(layer: Layer, inv_freq: np.ndarray, second: np.ndarray) -> Keys:
     """The keys in the directions of real PCA over the key heads, frequency by frequency, by falling second moment."""
     def basis(j: int, A: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         values, vectors = np.linalg.eigh((A.T @ second @ A.conj()).real)

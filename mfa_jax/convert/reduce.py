@@ -1,10 +1,7 @@
 """GQA as MFA-KR or MFA with a smaller cache: what is kept of keys and values, and how the rest is made up for.
 
-*Keys.* Pair `j` of the K key heads is a vector of K complex numbers that rope turns by one angle, so that any complex
-map of it commutes with rope: keys `A z` and queries `A^-H q` give the same scores. With `Sigma` the covariance of the
-keys' pairs (what is common to all keys does not move a softmax) and `w_g` the mean square of the queries that read key
-head g, the eigenvectors of `diag(w)^1/2 Sigma diag(w)^1/2` are the directions in the order of what they do to scores.
-All pairs of all frequencies are pooled, and the largest kept: a layer has its own frequencies.
+*Keys.* The directions of `directions.rank_keys`, by what they do to scores. All pairs of all frequencies are pooled,
+and the largest kept: a layer has its own frequencies.
 
 *Values.* What attention reads is averaged over tokens, so values are measured by the second moment of those averages,
 and in the metric of the output projections that read them, `M = sum_n O_n O_n^T`. MFA keeps the largest directions.
@@ -70,7 +67,8 @@ def reduce_gqa(
                               "query_norm": False, "norm_eps": config.norm_eps}
     attention = MFAConfig(**widths) if target == "mfa" else MFAKRConfig(**widths, alpha_init=1.0)
     walk = Layerwise(config, params, tokens, _Reducer(config, attention, ridge), streams=("original", "converted"),
-                     settings={"attention": to_dict(attention), "ridge": ridge}, folder=folder, on_layer=on_layer)
+                     settings={"attention": to_dict(attention), "method": "commuting", "ridge": ridge}, folder=folder,
+                     on_layer=on_layer)
     new, converted = rebuilt(config, params, attention, walk.convert)
     return new, converted, walk.reports
 
@@ -109,6 +107,8 @@ class _Reducer:
             return with_values(layer, first(pairs, C // 2), C, moments.read, metric)
         most = min(C, pairs.S_k.shape[1])
         counts = sorted({2 * round(most * (s + 1) / _SPLITS / 2) for s in range(_SPLITS)} - {0})
+        # Values have K H directions, so that fewer keys would not fill C.
+        counts = [count for count in counts if C - count <= len(metric)]
         candidates = [with_reused_keys(layer, first(pairs, count // 2), C, moments.read, metric) for count in counts]
         rows = slice(0, _PROBED_ROWS)
         errors = [activations.misses(activations.output_of(self.config, new, stream[rows]), output[rows])

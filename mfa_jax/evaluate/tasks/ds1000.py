@@ -10,7 +10,6 @@ files, the network or the machine is not held back. Run it where nothing is to b
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import secrets
 import signal
@@ -30,18 +29,20 @@ SECONDS = 120
 MODULES = {"Matplotlib": "matplotlib", "Numpy": "numpy", "Pandas": "pandas", "Pytorch": "torch", "Scipy": "scipy",
            "Sklearn": "sklearn", "Tensorflow": "tensorflow"}
 """What a library of the problems is imported as."""
+_RUN = "def test_execution(code):\n    exec(code)\n"
 
 
 def rows(file: str, fields: list[str], local_data: str | None = None, **options: Any) -> dict[str, datasets.Dataset]:
     """The problems.
 
     Raises:
-      ValueError: no folder, no such file, a line that cannot be read; a library of some problem that is not installed,
-        for without it every solution would count as wrong.
+      ValueError: no folder, no such file, a line that cannot be read; a library of some problem that a program cannot
+        import, for without it every solution would count as wrong.
     """
     found = local.rows(file, fields, local_data, **options)
     wanted = sorted({str(row["metadata"]["library"]) for row in found["test"]})
-    missing = [name for name in wanted if importlib.util.find_spec(MODULES.get(name, name)) is None]
+    # As solutions are run, not here: their environment is another.
+    missing = [name for name in wanted if not passes(_RUN, f"import {MODULES.get(name, name)}")]
     require(not missing, "library", missing, "must be installed: DS-1000's problems use them")
     return found
 
@@ -69,6 +70,8 @@ def passes(code_context: str, code: str, seconds: float = SECONDS) -> bool:
         path.write_text(program)
         environment = {"PATH": os.environ.get("PATH", ""), "HOME": folder, "TMPDIR": folder, "MPLBACKEND": "Agg",
                        "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        # Where libraries are found.
+        environment |= {name: os.environ[name] for name in ("PYTHONPATH", "LD_LIBRARY_PATH") if name in os.environ}
         # A group of its own, so that what it starts ends with it.
         process = subprocess.Popen([sys.executable, str(path)], cwd=folder, env=environment, start_new_session=True,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
