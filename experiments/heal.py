@@ -49,8 +49,8 @@ def defaults(student: str | None) -> TrainConfig:
     if student is None:
         return config
     tokenizer = str(Path(student) / run.TOKENIZER)
-    return dataclasses.replace(config, model=run.load_config(student).model,
-                               data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    _, saved = run.load_config(student)
+    return dataclasses.replace(config, model=saved.model, data=dataclasses.replace(config.data, tokenizer=tokenizer))
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:

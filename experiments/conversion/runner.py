@@ -26,10 +26,9 @@ from experiments.opening import Opened, open_model
 from experiments.studies import corpus, records, runner
 from experiments.studies.study import identity
 from mfa_jax.capacity import cache_elements_per_token
-from mfa_jax.config import GQAConfig, ModelConfig, TrainConfig, from_dict, require
+from mfa_jax.config import GQAConfig, ModelConfig, require
 from mfa_jax.convert import pretrained_config
-from mfa_jax.train.checkpoint import Checkpoints
-from mfa_jax.train.run import CHECKPOINTS
+from mfa_jax.train.run import load_config
 
 RESULTS = Path(__file__).parents[1] / "results" / "conversion"
 
@@ -153,7 +152,8 @@ def _plan(config: RunConfig) -> tuple[list[Row], ModelConfig]:
 
 def _require_form(row: Row, folder: str, model: ModelConfig) -> None:
     """Refuses a healed model that is not what its row is called."""
-    found = _run(folder)[1].model.attention
+    _, config = load_config(folder, field="healed")
+    found = config.model.attention
     wanted = rows.KINDS[row.kind]["to"], rows.cached_elements(row, model)
     require((found.kind, cache_elements_per_token(found)) == wanted, "healed", folder,
             f"is {found.kind} of {cache_elements_per_token(found)} cached elements, {row.name} must be {wanted[0]} of "
@@ -181,23 +181,12 @@ def _settings(config: RunConfig, row: Row) -> dict[str, Any]:
 
 
 def _healing(folder: str) -> dict[str, Any]:
-    """How a run trained, and how far it is, without places on this machine. Raises: as `_run`."""
-    step, config = _run(folder)
+    """How a run trained, and how far it is, without places on this machine. Raises: as `load_config`."""
+    step, config = load_config(folder, field="healed")
     found = identity(config)
     del found["initial"], found["data"]["tokenizer"]
     (found["distillation"] or {}).pop("teacher", None)
     return {"step": step, "config": found}
-
-
-def _run(folder: str) -> tuple[int, TrainConfig]:
-    """A run's newest step, and its config. Raises: ValueError: no run, or no finished checkpoint."""
-    path = Path(folder) / CHECKPOINTS
-    require(path.is_dir(), "healed", folder, "holds no run")
-    with Checkpoints(path, read_only=True) as checkpoints:
-        found = checkpoints.read_meta(None)
-    require(found is not None, "healed", folder, "holds no finished checkpoint yet")
-    assert found is not None
-    return found[0], from_dict(TrainConfig, found[1]["config"])
 
 
 def _short(settings: dict[str, Any]) -> str:

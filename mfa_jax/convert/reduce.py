@@ -49,7 +49,8 @@ def reduce_gqa(
 ) -> tuple[ModelConfig, Any, list[LayerReport]]:
     """A GQA model as MFA or MFA-KR with C = `width`: `2 C` or `C` cached elements a token and layer.
 
-    Memory: the streams of the calibration text, and one layer's matrices.
+    Memory: the streams of the calibration text; of one layer its matrices, what its heads yield on that text, `[rows T,
+    N C]` in float32, and two `[N C, N C]` in float64.
 
     Args:
       tokens: calibration text `[rows, T]`.

@@ -57,7 +57,7 @@ def load_trained(
       ValueError: no run there, no checkpoint, no moving average in it, or a model other than the one that was saved.
     """
     with _opened(workdir) as checkpoints:
-        config = _saved_config(checkpoints, step)
+        _, config = _saved_config(checkpoints, step)
         require(not ema or config.ema_decay is not None, "ema", True, "the run kept no moving average (ema_decay)")
         model = Transformer(config.model)
         mesh = mesh or axes.make_mesh((1,) * len(axes.MESH_AXES), jax.devices()[:1])
@@ -68,27 +68,30 @@ def load_trained(
                    restored.skipped)
 
 
-def load_config(workdir: str | Path) -> TrainConfig:
-    """The config that the newest checkpoint of a run was saved with.
+def load_config(workdir: str | Path, *, field: str = "workdir") -> tuple[int, TrainConfig]:
+    """The step of the newest checkpoint of a run, and the config that it was saved with.
+
+    Args:
+      field: what names the folder in errors.
 
     Raises:
       ValueError: no run there, or no checkpoint.
     """
-    with _opened(workdir) as checkpoints:
-        return _saved_config(checkpoints, None)
+    with _opened(workdir, field) as checkpoints:
+        return _saved_config(checkpoints, None, field)
 
 
-def _opened(workdir: str | Path) -> Checkpoints:
+def _opened(workdir: str | Path, field: str = "workdir") -> Checkpoints:
     folder = Path(workdir) / CHECKPOINTS
-    require(folder.is_dir(), "workdir", str(workdir), f"holds no run: there is no folder {CHECKPOINTS}")
+    require(folder.is_dir(), field, str(workdir), f"holds no run: there is no folder {CHECKPOINTS}")
     return Checkpoints(folder, read_only=True)
 
 
-def _saved_config(checkpoints: Checkpoints, step: int | None) -> TrainConfig:
+def _saved_config(checkpoints: Checkpoints, step: int | None, field: str = "workdir") -> tuple[int, TrainConfig]:
     found = checkpoints.read_meta(step)
     if found is None:
-        raise ValueError(f"workdir={os.fspath(checkpoints.folder.parent)!r}: holds no finished checkpoint yet")
-    return from_dict(TrainConfig, found[1]["config"], f"{checkpoints.folder}/{found[0]}")
+        raise ValueError(f"{field}={os.fspath(checkpoints.folder.parent)!r}: holds no finished checkpoint yet")
+    return found[0], from_dict(TrainConfig, found[1]["config"], f"{checkpoints.folder}/{found[0]}")
 
 
 def abstract_params(model: Transformer, mesh: Mesh) -> Any:

@@ -30,7 +30,8 @@ def require_startable(config: TrainConfig, checkpoints: Checkpoints, *, has_teac
         run.require_same_model(saved.model, config.model, config.workdir)
         _require_same_task(saved, config)
     elif config.initial is not None:
-        run.require_same_model(run.load_config(config.initial).model, config.model, config.initial, field="initial")
+        _, theirs_config = run.load_config(config.initial)
+        run.require_same_model(theirs_config.model, config.model, config.initial, field="initial")
         theirs = Path(config.initial) / run.TOKENIZER
         _require_same_tokenizer("initial", theirs, load_tokenizer(theirs).fingerprint, config)
 
