@@ -2,8 +2,9 @@
 
     python -m experiments.export --workdir runs/tiny --out exported --context-length 4096
 
-MFA becomes `Step3TextForCausalLM`, which vLLM knows; GQA becomes Llama, Qwen2 or Qwen3. What no such architecture
-computes is refused, and the message says what could be done. `experiments/serving.md` has the engines' commands.
+MFA becomes `Step3TextForCausalLM`, which vLLM serves; GQA becomes Llama, Mistral, Qwen2 or Qwen3. What no such
+architecture computes is refused, and the message says what could be done. `experiments/serving.md` has the engines'
+commands, and `experiments.check_serving` compares what they answer.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ CHANCE = {"local_hellaswag": 1 / 4, "local_piqa": 1 / 2, "local_openbookqa": 1 /
 """Accuracy of who guesses."""
 TITLES = {ORIGINAL: "original", "mfa_kr": "MFA-KR", "mfa": "MFA", "key_pca": "key PCA, real rotations (MFA)",
           "mean_pool": "mean-pooled heads (GQA)"}
+CEILING = 8.0
+"""Times the original's perplexity, above which the picture has numbers in place of a scale."""
 
 
 def write(results: str) -> Path:
@@ -197,14 +199,13 @@ def _pictures(model: str, rows: Sequence[Measured], original: Measured, folder: 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(original.texts)), original.texts, strict=True):
         for key, members in curves.items():
-            values = [perplexity_ratio(row.texts[name], original.texts[name]) for row in members]
-            _curve(axes, key, members, values)
+            _quality(axes, key, members, [perplexity_ratio(row.texts[name], original.texts[name]) for row in members])
         axes.plot(original.cached_elements[1], 1, "k*", markersize=10)
         axes.axhline(1, color="black", linewidth=1)
         axes.set(xlabel="cached elements a token and layer", ylabel="perplexity over the original's", title=name,
-                 yscale="log")
+                 yscale="log", yticks=(1, 1.1, 1.25, 1.5, 2, 3, 5, CEILING))
         axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(1, 0.4)))  # none over several decades
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
     found = [_save(figure, model, "quality", folder)]
     if original.tasks:
         figure = Figure(figsize=(6.5, 4.5), layout="constrained")
@@ -227,6 +228,22 @@ def _pictures(model: str, rows: Sequence[Measured], original: Measured, folder: 
     return [*found, _save(figure, model, "cost", folder)]
 
 
+def _quality(axes: Any, key: tuple[str, bool], rows: Sequence[Measured], values: Sequence[tuple[float, float]]) -> None:
+    """A line of one kind; what is above the ceiling stands on it, with its value, so that the others can be told."""
+    pairs = list(zip(rows, values, strict=True))
+    shown = [(row, value) for row, value in pairs if value[0] <= CEILING]
+    _curve(axes, key, [row for row, _ in shown], [value for _, value in shown])
+    for row, (ratio, _) in pairs:
+        if ratio > CEILING:
+            axes.plot(row.cached_elements[1], CEILING, "^", color=f"C{_order(row.kind)}", label=_title(key))
+            axes.annotate(f"{ratio:.0f}", (row.cached_elements[1], CEILING), (6, -4), textcoords="offset points")
+
+
+def _title(key: tuple[str, bool]) -> str:
+    kind, healed = key
+    return TITLES[kind] + (", healed" if healed else "")
+
+
 def _curve(axes: Any, key: tuple[str, bool], rows: Sequence[Measured], values: Sequence[tuple[float, float]]) -> None:
     """A line of one kind, with bars of two standard errors; dashed where it was healed."""
     if not rows:
@@ -236,13 +253,14 @@ def _curve(axes: Any, key: tuple[str, bool], rows: Sequence[Measured], values: S
     bars = 2 * np.array(errors) if any(errors) else None
     axes.errorbar([row.cached_elements[1] for row in rows], heights, bars, marker="o", capsize=3,
                   color=f"C{_order(kind)}", linestyle="--" if healed else "-",
-                  label=TITLES[kind] + (", healed" if healed else ""))
+                  label=_title(key))
     axes.grid(alpha=0.3)
 
 
 def _save(figure: Figure, model: str, what: str, folder: Path) -> str:
     """The picture with one legend for all of its axes, below them, where it covers nothing."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))  # a kind may be drawn in two parts
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+        figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return save(figure, folder / f"{model}-{what}.png")

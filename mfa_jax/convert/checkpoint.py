@@ -108,7 +108,8 @@ def save_pretrained(
       folder: does not exist yet, or is empty.
       params: layers stacked, as training keeps them.
       context_length: what the engine may serve, in tokens; our own config does not say.
-      model_type: None for `llama`, with biases `qwen2`, with norms of heads `qwen3`, and for MFA `step3_text`.
+      model_type: None for `llama`, or `mistral` where the heads don't divide the model's width, with biases `qwen2`,
+        with norms of heads `qwen3`, and for MFA `step3_text`.
       dtype: what tensors are stored as, `float32`, `bfloat16` or `float16`; None for `config.param_dtype`.
       shard_bytes: a file is at most about so large.
 
@@ -146,7 +147,9 @@ def _default_model_type(config: ModelConfig) -> str:
     if isinstance(attention, MFAConfig):
         return step3.MODEL_TYPE
     if isinstance(attention, GQAConfig):
-        return "qwen3" if attention.qk_norm else "qwen2" if attention.qkv_bias else "llama"
+        if attention.qk_norm or attention.qkv_bias:
+            return "qwen3" if attention.qk_norm else "qwen2"
+        return "mistral" if config.model_dim % attention.num_heads else "llama"
     remedy = ("`convert.expand_key_reuse` makes the MFA model that computes the same, with twice the cache"
               if attention.kind == "mfa_kr" else "decode it with this library")
     raise NotImplementedError(f"attention={attention.variant}: no public architecture that engines serve computes it; "

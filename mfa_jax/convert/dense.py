@@ -88,7 +88,8 @@ def write_config(config: ModelConfig, model_type: str, context_length: int) -> d
     """The `config.json` of a GQA model as one of `FAMILIES`; `read_config` makes the same model of it.
 
     Raises:
-      NotImplementedError: biases or norms that this family does not have, or lacks; experts.
+      NotImplementedError: biases or norms that this family does not have, or lacks; experts; heads that don't divide
+        a Llama's width.
     """
     family, attention = FAMILIES[model_type], config.attention
     assert isinstance(attention, GQAConfig)
@@ -98,6 +99,9 @@ def write_config(config: ModelConfig, model_type: str, context_length: int) -> d
         if getattr(attention, name) != getattr(family, name):
             raise NotImplementedError(f"{name}={getattr(attention, name)}: {family.architecture} has "
                                       f"{name}={getattr(family, name)}; name another model_type")
+    if model_type == "llama" and config.model_dim % attention.num_heads:  # transformers 5.19 refuses to load it
+        raise NotImplementedError(f"num_heads={attention.num_heads}: {family.architecture} has heads that divide "
+                                  f"model_dim={config.model_dim}; model_type='mistral' computes the same without")
     if attention.qk_norm and attention.norm_eps != config.norm_eps:
         raise NotImplementedError(f"attention.norm_eps={attention.norm_eps}: {family.architecture} has one epsilon for "
                                   f"all norms, norm_eps={config.norm_eps}")
