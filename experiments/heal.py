@@ -45,7 +45,7 @@ def defaults(student: str | None) -> TrainConfig:
     config = TrainConfig(
         workdir="runs/healed", initial=student, distillation=DistillationConfig(_NONE),
         data=DataConfig(sequence_length=512, batch_size=8),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=20, weight_decay=0.0))
+        optimizer=OptimizerConfig(learning_rate=3e-6, warmup_steps=20, weight_decay=0.0))
     if student is None:
         return config
     tokenizer = str(Path(student) / run.TOKENIZER)
