@@ -64,14 +64,18 @@ def make_run(folder: Path, *, distillation: bool = True, evaluations: int = 2) -
 
 
 def test_a_curve_is_made_from_metrics_alone(tmp_path: Path) -> None:
-    folder = curve(CurveConfig(run=(f"MFA-KR, C = 192={make_run(tmp_path / 'run')}",), results=str(tmp_path / "out")))
-    text = (folder / "healing.json").read_text()
+    folder = curve(CurveConfig(run=(f"MFA-KR, C = 192={make_run(tmp_path / 'run')}",), results=str(tmp_path / "out"),
+                               name="healing-toy"))
+    text = (folder / "healing-toy.json").read_text()
     (name, found), = json.loads(text).items()
     assert name == "MFA-KR, C = 192" and "somewhere" not in text
     assert found["points"] == [
         {"tokens": 0, "kl": 0.5, "loss": 3.0, "teacher_loss": 1.5, "bits_per_byte": 1.0},
         {"tokens": 160, "kl": 0.25, "loss": 2.0, "teacher_loss": 1.5, "bits_per_byte": 1.0}]
-    assert (folder / "healing.png").stat().st_size > 1000
+    assert (folder / "healing-toy.png").stat().st_size > 1000
+    assert sorted(path.name for path in folder.iterdir()) == ["healing-toy.json", "healing-toy.png"]
+    with pytest.raises(ValueError, match="name='a/b': must be the name of a file"):
+        CurveConfig(run=(), name="a/b")
 
 
 def test_what_has_no_curve_is_refused(tmp_path: Path) -> None:

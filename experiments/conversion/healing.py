@@ -3,11 +3,11 @@
     python -m experiments.conversion.healing texts --out runs/heal-text
     python -m experiments.heal --teacher model.gguf --student runs/converted --workdir runs/healed \
         --data.source runs/heal-text/train --data.held-out-source runs/heal-text/valid --eval-batches 100 --steps 500
-    python -m experiments.conversion.healing curve --run "MFA-KR, 192"=runs/healed
+    python -m experiments.conversion.healing curve --run "MFA-KR, 192"=runs/healed --name healing-MODEL
 
 `texts` makes the text of such runs from the validation text of WikiText-2, of which the end is held out, and from
-training books, with pieces of validation books held out; no test text is read. `curve` writes `healing.json`
-and `healing.png` from the `metrics.jsonl` of runs. Texts are read in the folder that MFA_JAX_DATA names.
+training books, with pieces of validation books held out; no test text is read. `curve` writes `NAME.json` and
+`NAME.png` from the `metrics.jsonl` of runs. Texts are read in the folder that MFA_JAX_DATA names.
 """
 
 from __future__ import annotations
@@ -63,6 +63,12 @@ class CurveConfig:
     """NAME=FOLDER of a healing run; may be given several times."""
     results: str = str(RESULTS)
     """Folder that is written to."""
+    name: str = "healing"
+    """Of the two files there, without their endings."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name) and Path(self.name).name == self.name, "name", self.name,
+                "must be the name of a file, without a folder")
 
 
 def texts(config: TextsConfig) -> Path:
@@ -147,8 +153,7 @@ def read_curves(run: tuple[str, ...]) -> dict[str, dict[str, Any]]:
 
 
 def curve(config: CurveConfig) -> Path:
-    """Writes `healing.json` and `healing.png`; each appears when it is complete. Raises: ValueError: see
-    `read_curves`."""
+    """Writes `NAME.json` and `NAME.png`; each appears when it is complete. Raises: ValueError: see `read_curves`."""
     runs = read_curves(config.run)
     folder = Path(config.results)
     folder.mkdir(parents=True, exist_ok=True)
@@ -164,11 +169,11 @@ def curve(config: CurveConfig) -> Path:
     for axes in (divergence, loss):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    picture, numbers = folder / ".healing.png.partial", folder / ".healing.json.partial"
+    picture, numbers = (folder / f".{config.name}.{ending}.partial" for ending in ("png", "json"))
     figure.savefig(picture, dpi=120, format="png")
     numbers.write_text(json.dumps(runs, indent=1) + "\n")
-    picture.replace(folder / "healing.png")
-    numbers.replace(folder / "healing.json")
+    picture.replace(folder / f"{config.name}.png")
+    numbers.replace(folder / f"{config.name}.json")
     return folder
 
 
