@@ -304,7 +304,8 @@ def flags(folders: dict[str, Path], workdir: Path, *more: str, teacher: str = "t
     return ["--teacher", str(folders[teacher]), "--student", str(folders["student"]), "--workdir", str(workdir),
             "--data.source", str(folders["corpus"]), "--data.sequence-length", "32", "--data.held-out", "0.1",
             "--optimizer.warmup-steps", "2", "--optimizer.schedule-steps", "6", "--steps", "6", "--log-every", "2",
-            "--save-every", "2", "--eval-every", "3", "--eval-batches", "2", "--mesh.data", "1", *more]
+            "--save-every", "2", "--eval-every", "3", "--eval-batches", "2", "--mesh.data", "1",
+            "--optimizer.learning-rate", "3e-4", *more]  # a toy stands a hundred times what is set for models of use
 
 
 def train(config: TrainConfig, devices: int = 1) -> loop.TrainResult:
