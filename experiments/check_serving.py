@@ -118,8 +118,8 @@ def _answer(config: CheckServingConfig, what: str, body: dict[str, Any] | None) 
         said = error.read(2000).decode(errors="replace")
         raise ValueError(f"url: {address} answered {error.code} {error.reason}: {said}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"url: no engine answers at {address} ({error}); start it first, or give its --url"
-                         ) from error
+        raise ValueError(f"url: no engine answers at {address} ({error}); start it first, or give its --url, or a "
+                         f"longer --timeout") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"url: {address} answered something else than JSON ({error})") from error
 
@@ -128,7 +128,10 @@ def _part(config: CheckServingConfig, answer: Any, *path: str | int) -> Any:
     """What lies at a path of an answer. Raises: ValueError: it isn't there."""
     found = answer
     for key in path:
-        there = isinstance(found, dict) and key in found if isinstance(key, str) else bool(found)
+        if isinstance(key, str):
+            there = isinstance(found, dict) and key in found
+        else:
+            there = isinstance(found, list) and key < len(found)
         if not there:
             raise ValueError(f"url: the answer of {config.url} has no {'.'.join(map(str, path))}: "
                              f"{json.dumps(answer)[:500]}")

@@ -122,6 +122,7 @@ def _begin_token(answer: dict[str, Any]) -> dict[str, Any]:
     (_other_text, ParityError, r"disagrees in text$"),
     (_begin_token, ParityError, r"disagrees in prompt_tokens$"),
     (lambda answer: {"choices": []}, ValueError, r"has no choices\.0"),
+    (lambda answer: {"choices": {"text": ""}}, ValueError, r"has no choices\.0"),
     (lambda answer: {**answer, "choices": [{"text": "", "logprobs": None}]}, ValueError,
      r"has no logprobs\.token_logprobs"),
     (lambda answer: b"<html>", ValueError, r"something else than JSON"),
