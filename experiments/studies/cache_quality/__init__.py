@@ -57,7 +57,7 @@ def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
     axes.set(xlabel="cached bytes a token, all layers (bfloat16, measured)", ylabel="bits per byte on books-test",
-             title=f"Equal parameters, data and steps ({scale}); dots are seeds, circles their mean")
+             title=f"Equal parameters, data, steps ({scale}); dots: seeds, circles: means")
     axes.margins(x=0.15, y=0.15)
     axes.grid(alpha=0.3)
     return report.save(figure, folder / f"{scale}.png")

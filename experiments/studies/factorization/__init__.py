@@ -53,12 +53,13 @@ def measure(scale: Scale, trained: Trained, test: Prepared) -> dict[str, Any]:
 
 
 def section(found: Sequence[Record], folder: Path) -> str:
-    """Loss beside the paper's measures and measured ranks; what it follows; the frontier."""
+    """Loss beside the paper's measures and measured ranks, against the first shape's; what it follows; the frontier."""
     chosen = {name: report.at_best_rate(runs) for name, runs in report.groups(found).items()}
+    first, seeds = next(iter(chosen)), report.planned_seeds(found)
     rows, points = [], []
     for name, runs in chosen.items():
         if not runs:
-            rows.append([name, *[""] * 8, "diverged"])
+            rows.append([name, *[""] * 8, "diverged", "", ""])
             continue
         model = from_dict(ModelConfig, runs[0].config["model"])
         nominal, metrics = capacity.analyse_model(model, context=1), runs[0].metrics
@@ -66,9 +67,12 @@ def section(found: Sequence[Record], folder: Path) -> str:
         rows.append([name, str(model.ffn_dim), f"{metrics['parameters']:,}", f"{metrics['cache_bytes_per_token']:,.0f}",
                      str(nominal.frh), str(nominal.slsd), str(nominal.ter),
                      *(f"{np.mean(report.values(runs, m)):.1f}" for m in ("W_effective_rank", "U_effective_rank")),
-                     report.spread(report.values(runs))])
+                     report.spread(report.values(runs)),
+                     *(["", ""] if name == first else
+                       report.compared(report.values(runs), report.values(chosen[first]), seeds))])
     losses = report.table(["shape", "feed-forward", "parameters", "cached bytes a token", "FRH", "SLSD", "TER",
-                           "effective rank of W", "of U", "bits per byte on books-test"], rows)
+                           "effective rank of W", "of U", "bits per byte on books-test",
+                           f"against {first}, 95 % interval", f"loss against {first}"], rows)
     return "\n\n".join([losses, _follows(points), report.rates_table(found), _picture(points, folder, found[0].scale)])
 
 
@@ -97,13 +101,14 @@ def _correlation(points: Sequence[tuple[str, int, int, float, list[float]]], mea
 def _picture(points: Sequence[tuple[str, int, int, float, list[float]]], folder: Path, scale: str) -> str:
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     for i, axes in enumerate(figure.subplots(1, 3, sharey=True)):
-        for name, *measures, losses in points:
+        # Neighbours' names go to either side of their points.
+        for j, (name, *measures, losses) in enumerate(sorted(points, key=lambda point: np.mean(point[-1]))):
             drawn = axes.plot([measures[i]] * len(losses), losses, ".", alpha=0.5)
             axes.plot(measures[i], np.mean(losses), "o", color=drawn[0].get_color())
-            axes.annotate(name, (measures[i], float(np.mean(losses))), xytext=(5, 3), textcoords="offset points",
-                          fontsize=7)
+            axes.annotate(name, (measures[i], float(np.mean(losses))), xytext=(-5 if j % 2 else 5, 3), fontsize=7,
+                          textcoords="offset points", ha="right" if j % 2 else "left")
         axes.set(xlabel=_MEASURES[i], ylabel="" if i else "bits per byte on books-test")
-        axes.margins(x=0.2)
+        axes.margins(x=0.35)
         axes.grid(alpha=0.3)
     figure.suptitle(f"MFA at equal parameters ({scale}); dots are seeds")
     return report.save(figure, folder / f"{scale}.png")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -20,7 +20,11 @@ from mfa_jax.presets import model_preset
 from mfa_jax.train.run import Trained
 
 VARIANTS = ("mfa", "mfa-kr", "mha", "mla")
-KINDS: tuple[Literal["rope", "alibi", "none"], ...] = ("rope", "alibi", "none")
+ENCODINGS = {"rope": PositionConfig("rope"), "alibi": PositionConfig("alibi"), "none": PositionConfig("none"),
+             "rope-10000": PositionConfig("rope", base=10000.0)}
+"""By name; `rope` has the presets' base, which turns few of a narrow head's elements within a short window."""
+PAIRS = (("mfa", "mha"), ("mfa", "mla"), ("mfa-kr", "mfa"), ("mfa-kr", "mha"))
+"""Variants that are compared under each encoding."""
 LENGTHS = (1, 2, 4, 8)
 """Windows of the test books, in trained lengths."""
 
@@ -32,9 +36,8 @@ def plan(scale: Scale, results: Results) -> list[Run]:
 
 def models(scale: Scale) -> dict[str, ModelConfig]:
     """By variant and encoding; MFA-KR with rope also reuses the key as rope has turned it."""
-    found = {f"{variant} {kind}": dataclasses.replace(
-        model_preset(f"{scale.preset}-{variant}"), position=PositionConfig(kind=kind))
-        for kind in KINDS for variant in VARIANTS}
+    found = {f"{variant} {name}": dataclasses.replace(model_preset(f"{scale.preset}-{variant}"), position=position)
+             for name, position in ENCODINGS.items() for variant in VARIANTS}
     turned: Any = found["mfa-kr rope"]
     found["mfa-kr rope, key reused after it"] = dataclasses.replace(
         turned, attention=dataclasses.replace(turned.attention, reuse="post_rope"))
@@ -56,7 +59,7 @@ def name_of(factor: int) -> str:
 
 
 def section(found: Sequence[Record], folder: Path) -> str:
-    """Loss by length of the window, each against rope of the same variant at the trained length."""
+    """Loss by length of the window, each against rope of the same variant; variants against each other."""
     chosen = {name: report.at_best_rate(runs) for name, runs in report.groups(found).items()}
     rows, seeds = [], report.planned_seeds(found)
     for name, runs in chosen.items():
@@ -65,23 +68,27 @@ def section(found: Sequence[Record], folder: Path) -> str:
         rows.append([name, *(report.spread(report.values(runs, name_of(factor))) for factor in LENGTHS), *against])
     table = report.table(["variant and encoding", *(f"bits per byte, {factor}x" for factor in LENGTHS),
                           "against rope at 1x, 95 % interval", "loss against rope"], rows)
-    return "\n\n".join([table, report.rates_table(found), _picture(chosen, folder, found[0].scale)])
+    pairs = [[f"{left} - {right}, {kind}", *report.compared(
+                report.values(chosen[f"{left} {kind}"]), report.values(chosen[f"{right} {kind}"]), seeds)]
+             for kind in ENCODINGS for left, right in PAIRS if {f"{left} {kind}", f"{right} {kind}"} <= chosen.keys()]
+    compared = report.table(["difference at 1x, bits per byte", "mean, 95 % interval", "loss of the first"], pairs)
+    return "\n\n".join([table, compared, report.rates_table(found), _picture(chosen, folder, found[0].scale)])
 
 
 def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for kind, axes in zip(KINDS, figure.subplots(1, len(KINDS), sharey=True), strict=True):
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    for kind, axes in zip(ENCODINGS, figure.subplots(1, len(ENCODINGS), sharey=True), strict=True):
         for name, runs in chosen.items():
             if name.split()[1].rstrip(",") == kind and runs:
                 means = [float(np.mean(report.values(runs, name_of(factor)))) for factor in LENGTHS]
                 axes.plot(LENGTHS, means, "o-", label=name)
-        axes.set(xscale="log", xlabel="length of the window, in trained lengths", title=kind)
+        axes.set(xscale="log", xlabel="window, in trained lengths", title=f"{kind} ({scale})")
         axes.set_xticks(LENGTHS, [f"{factor}x" for factor in LENGTHS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=7)
-    figure.axes[0].set_ylabel(f"bits per byte on books-test ({scale})")
+    figure.axes[0].set_ylabel("bits per byte on books-test")
     return report.save(figure, folder / f"{scale}.png")
 
 
