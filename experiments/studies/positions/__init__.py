@@ -81,7 +81,8 @@ def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
         for name, runs in chosen.items():
             if name.split()[1].rstrip(",") == kind and runs:
                 means = [float(np.mean(report.values(runs, name_of(factor)))) for factor in LENGTHS]
-                axes.plot(LENGTHS, means, "o-", label=name)
+                axes.plot(LENGTHS, means, "o-" if name.endswith(kind) else "s--", label=name,
+                          color=f"C{VARIANTS.index(name.split()[0])}")
         axes.set(xscale="log", xlabel="window, in trained lengths", title=f"{kind} ({scale})")
         axes.set_xticks(LENGTHS, [f"{factor}x" for factor in LENGTHS])
         axes.minorticks_off()
