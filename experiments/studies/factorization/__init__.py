@@ -63,7 +63,8 @@ def section(found: Sequence[Record], folder: Path) -> str:
             continue
         model = from_dict(ModelConfig, runs[0].config["model"])
         nominal, metrics = capacity.analyse_model(model, context=1), runs[0].metrics
-        points.append((name, nominal.ter, nominal.slsd, metrics["cache_bytes_per_token"], report.values(runs)))
+        points.append((name, nominal.ter, nominal.slsd, nominal.frh, metrics["cache_bytes_per_token"],
+                       report.values(runs)))
         rows.append([name, str(model.ffn_dim), f"{metrics['parameters']:,}", f"{metrics['cache_bytes_per_token']:,.0f}",
                      str(nominal.frh), str(nominal.slsd), str(nominal.ter),
                      *(f"{np.mean(report.values(runs, m)):.1f}" for m in ("W_effective_rank", "U_effective_rank")),
@@ -76,31 +77,33 @@ def section(found: Sequence[Record], folder: Path) -> str:
     return "\n\n".join([losses, _follows(points), report.rates_table(found), _picture(points, folder, found[0].scale)])
 
 
-_MEASURES = ("TER", "SLSD", "cached bytes a token")
+_MEASURES = ("TER", "SLSD", "FRH", "cached bytes a token")
+_Point = tuple[str, int, int, int, float, list[float]]
+"""A shape: its name, its measures, and its losses."""
 
 
-def _follows(points: Sequence[tuple[str, int, int, float, list[float]]]) -> str:
-    """Rank correlation of the mean loss with each measure, over all shapes, and with TER over those of one SLSD.
+def _follows(points: Sequence[_Point]) -> str:
+    """Rank correlation of the mean loss with each measure, over all shapes, and over those of one SLSD.
 
-    Over all shapes the two go together, so that neither correlation is of its measure alone. There is no p value: the
+    Over all shapes the measures go together, so that no correlation is of its measure alone. There is no p value: the
     shapes are chosen, not drawn, and few.
     """
     paper = [point for point in points if point[2] == points[0][2]]
-    rows = [[f"{len(points)} shapes", _correlation(points, 0), _correlation(points, 1)],
-            [f"{len(paper)} shapes with SLSD = {points[0][2]}", _correlation(paper, 0), ""]] if points else []
-    return report.table(["Spearman's correlation of the loss, over shapes", *_MEASURES[:2]], rows)
+    groups = [(f"{len(points)} shapes", points), (f"{len(paper)} shapes with SLSD = {points[0][2]}", paper)]
+    rows = [[name, *(_correlation(group, i) for i in range(3))] for name, group in groups] if points else []
+    return report.table(["Spearman's correlation of the loss, over shapes", *_MEASURES[:3]], rows)
 
 
-def _correlation(points: Sequence[tuple[str, int, int, float, list[float]]], measure: int) -> str:
+def _correlation(points: Sequence[_Point], measure: int) -> str:
     found = [point[1 + measure] for point in points]
     if len(set(found)) < 3:
         return "too few shapes"
     return f"{stats.spearmanr(found, [np.mean(values) for *_, values in points]).statistic:+.2f}"
 
 
-def _picture(points: Sequence[tuple[str, int, int, float, list[float]]], folder: Path, scale: str) -> str:
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    for i, axes in enumerate(figure.subplots(1, 3, sharey=True)):
+def _picture(points: Sequence[_Point], folder: Path, scale: str) -> str:
+    figure = Figure(figsize=(16, 4.5), layout="constrained")
+    for i, axes in enumerate(figure.subplots(1, len(_MEASURES), sharey=True)):
         # Neighbours' names go to either side of their points.
         for j, (name, *measures, losses) in enumerate(sorted(points, key=lambda point: np.mean(point[-1]))):
             drawn = axes.plot([measures[i]] * len(losses), losses, ".", alpha=0.5)

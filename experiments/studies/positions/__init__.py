@@ -36,8 +36,8 @@ def plan(scale: Scale, results: Results) -> list[Run]:
 
 def models(scale: Scale) -> dict[str, ModelConfig]:
     """By variant and encoding; MFA-KR with rope also reuses the key as rope has turned it."""
-    found = {f"{variant} {name}": dataclasses.replace(model_preset(f"{scale.preset}-{variant}"), position=position)
-             for name, position in ENCODINGS.items() for variant in VARIANTS}
+    found = {f"{variant} {encoding}": dataclasses.replace(model_preset(f"{scale.preset}-{variant}"), position=position)
+             for encoding, position in ENCODINGS.items() for variant in VARIANTS}
     turned: Any = found["mfa-kr rope"]
     found["mfa-kr rope, key reused after it"] = dataclasses.replace(
         turned, attention=dataclasses.replace(turned.attention, reuse="post_rope"))
@@ -68,22 +68,23 @@ def section(found: Sequence[Record], folder: Path) -> str:
         rows.append([name, *(report.spread(report.values(runs, name_of(factor))) for factor in LENGTHS), *against])
     table = report.table(["variant and encoding", *(f"bits per byte, {factor}x" for factor in LENGTHS),
                           "against rope at 1x, 95 % interval", "loss against rope"], rows)
-    pairs = [[f"{left} - {right}, {kind}", *report.compared(
-                report.values(chosen[f"{left} {kind}"]), report.values(chosen[f"{right} {kind}"]), seeds)]
-             for kind in ENCODINGS for left, right in PAIRS if {f"{left} {kind}", f"{right} {kind}"} <= chosen.keys()]
+    pairs = [[f"{left} - {right}, {encoding}", *report.compared(
+                report.values(chosen[f"{left} {encoding}"]), report.values(chosen[f"{right} {encoding}"]), seeds)]
+             for encoding in ENCODINGS for left, right in PAIRS
+             if {f"{left} {encoding}", f"{right} {encoding}"} <= chosen.keys()]
     compared = report.table(["difference at 1x, bits per byte", "mean, 95 % interval", "loss of the first"], pairs)
     return "\n\n".join([table, compared, report.rates_table(found), _picture(chosen, folder, found[0].scale)])
 
 
 def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
     figure = Figure(figsize=(13, 4.5), layout="constrained")
-    for kind, axes in zip(ENCODINGS, figure.subplots(1, len(ENCODINGS), sharey=True), strict=True):
+    for encoding, axes in zip(ENCODINGS, figure.subplots(1, len(ENCODINGS), sharey=True), strict=True):
         for name, runs in chosen.items():
-            if name.split()[1].rstrip(",") == kind and runs:
+            if name.split()[1].rstrip(",") == encoding and runs:
                 means = [float(np.mean(report.values(runs, name_of(factor)))) for factor in LENGTHS]
-                axes.plot(LENGTHS, means, "o-" if name.endswith(kind) else "s--", label=name,
+                axes.plot(LENGTHS, means, "o-" if name.endswith(encoding) else "s--", label=name,
                           color=f"C{VARIANTS.index(name.split()[0])}")
-        axes.set(xscale="log", xlabel="window, in trained lengths", title=f"{kind} ({scale})")
+        axes.set(xscale="log", xlabel="window, in trained lengths", title=f"{encoding} ({scale})")
         axes.set_xticks(LENGTHS, [f"{factor}x" for factor in LENGTHS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
