@@ -23,7 +23,17 @@ from scipy import stats
 
 from experiments import cli
 from experiments.studies import __main__ as script
-from experiments.studies import corpus, key_reuse_start, long_context, positions, records, report, runner, scaling
+from experiments.studies import (
+    corpus,
+    factorization,
+    key_reuse_start,
+    long_context,
+    positions,
+    records,
+    report,
+    runner,
+    scaling,
+)
 from experiments.studies.catalog import STUDIES
 from experiments.studies.long_context import measurements, tasks
 from experiments.studies.records import Record
@@ -255,6 +265,28 @@ def test_starts_are_compared_with_the_default_alone(tmp_path):
     found = [record for record in all_done("key_reuse_start") if record.labels["name"] in ("small", "MFA")]
     text = key_reuse_start.section(found, tmp_path)
     assert re.search(r"^\| small \|[^|]*\|[^|]*\|  \| none \|", text, re.M)
+
+
+def test_variants_are_compared_under_each_encoding_that_both_have(tmp_path):
+    found = [record for record in all_done("positions") if record.labels["name"] != "mla none"]
+    losses = {name: report.values(report.at_best_rate(runs)) for name, runs in report.groups(found).items()}
+    text = positions.section(found, tmp_path)
+    for encoding in positions.ENCODINGS:
+        mean, verdict = report.compared(losses[f"mfa-kr {encoding}"], losses[f"mfa {encoding}"], 2)
+        assert f"| mfa-kr - mfa, {encoding} | {mean} | {verdict} |" in text
+    assert "| mfa - mla, alibi |" in text and "| mfa - mla, none |" not in text
+    assert positions.models(TINY)["mla rope-10000"].position == PositionConfig("rope", base=10000.0)
+
+
+def test_shapes_are_compared_with_the_papers(tmp_path):
+    found = all_done("factorization")
+    shapes = {name: report.values(report.at_best_rate(runs)) for name, runs in report.groups(found).items()}
+    first, *others = shapes
+    text = factorization.section(found, tmp_path)
+    for name in others:
+        cells = " | ".join(report.compared(shapes[name], shapes[first], 2))
+        assert re.search(rf"^\| {name} \|.*\| {re.escape(cells)} \|$", text, re.M)
+    assert re.search(rf"^\| {first} \|.*\|  \|  \|$", text, re.M) and f"against {first}" in text
 
 
 def test_a_spike_is_a_jump_above_what_was_before_it():
