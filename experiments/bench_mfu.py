@@ -192,7 +192,8 @@ def measure_pair(
             if isinstance(side, Exception):
                 raise side
             losses = [side.run(1) for _ in range(3)]
-            after = jax.devices()[0].memory_stats() if first and not sides else None
+            alone = first and name == next(iter(made))  # a side that failed leaves its peak
+            after = jax.devices()[0].memory_stats() if alone else None
         except Exception as error:
             found[name] = {"status": "failed",
                            "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}

@@ -81,7 +81,7 @@ class Chat:
         ids = encode_rendered(tokenizer, render(tokenizer, asked)).tolist()
         decoder, shown, pieces = StreamDecoder(tokenizer, ids), 0, list[str]()
         for found in self._cached.reply(ids, max_new_tokens=self._config.max_new_tokens,
-                                        stop_tokens=[tokenizer.eos_id]):
+                                        stop_tokens=tokenizer.stop_ids):
             fresh = found.tokens[0, shown : found.lengths[0]]
             shown = int(found.lengths[0])
             pieces.append("".join(decoder.feed(int(token)) for token in fresh))

@@ -41,7 +41,7 @@ class CheckParityConfig:
     text: str | None = None
     """A text file; none takes the ids of a golden file."""
     tokenizer: str | None = None
-    """Name of the tokenizer in the folder of the left model; none for what it holds."""
+    """Name of the tokenizer in the folder of the left model, which is no run; none for what it holds."""
     tokens: int = 512
     """So many tokens of the text."""
     tolerance: float | None = None
@@ -55,6 +55,10 @@ class CheckParityConfig:
         require((self.text is None) == self.right.endswith(".npz"), "text", self.text,
                 "give a text, or a golden file that brings its tokens")
         require(self.tokens >= 2, "tokens", self.tokens, "must be at least 2")
+        for name in ("tokenizer", "tokens") if self.text is None else ():
+            value = getattr(self, name)
+            require(value == getattr(CheckParityConfig, name), name, value,
+                    "must be left out: a golden file brings its tokens")
         require(self.tolerance is None or self.tolerance >= 0, "tolerance", self.tolerance, "must not be negative")
 
 
@@ -80,13 +84,14 @@ def golden(path: str) -> Outputs:
     """The outputs in a golden file.
 
     Raises:
-      ValueError: no such file, or neither logits nor losses in it.
+      ValueError: no such file, or no ids, or neither logits nor losses in it.
     """
     require(Path(path).is_file(), "right", path, "no such file")
     with np.load(path) as file:
         known = {name: np.asarray(file[name]) for name in file.files}
-    require("ids" in known and bool({"logits", "nll"} & set(known)), "right", path,
-            f"must hold ids, and logits or nll; it holds {', '.join(known)}")
+    accepted = ("logits", "logits_first8", "logits_last", "nll")
+    require("ids" in known and any(name in known for name in accepted), "right", path,
+            f"must hold ids, and some of {', '.join(accepted)}; it holds {', '.join(known)}")
     ids = known["ids"]
     if "logits" in known:
         return Outputs(ids, np.arange(len(ids)), known["logits"].astype(np.float64))
@@ -95,7 +100,8 @@ def golden(path: str) -> Outputs:
     width = max((known[name].shape[-1] for name in parts), default=0)
     logits = [known[name].reshape(-1, width).astype(np.float64) for name in parts]
     return Outputs(ids, np.concatenate([np.empty(0, int), *parts.values()]),
-                   np.concatenate([np.empty((0, width)), *logits]), known["nll"].astype(np.float64))
+                   np.concatenate([np.empty((0, width)), *logits]),
+                   known["nll"].astype(np.float64) if "nll" in known else None)
 
 
 def outputs(path: str, ids: np.ndarray) -> Outputs:
@@ -120,9 +126,16 @@ def open_model(path: str) -> tuple[Transformer, Any]:
 
 
 def open_tokenizer(path: str, name: str | None) -> Tokenizer:
-    """The tokenizer of a checkpoint or of a run."""
+    """The tokenizer of a checkpoint or of a run.
+
+    Raises:
+      ValueError: a name for that of a run, or what `pretrained_tokenizer` raises.
+    """
     path = path.removeprefix("transformers:")
-    return load_trained(path).tokenizer if (Path(path) / CHECKPOINTS).is_dir() else pretrained_tokenizer(path, name)
+    if not (Path(path) / CHECKPOINTS).is_dir():
+        return pretrained_tokenizer(path, name)
+    require(name is None, "tokenizer", name, f"must be left out: the run {path} has its own")
+    return load_trained(path).tokenizer
 
 
 def _peer_logits(folder: str, ids: np.ndarray) -> np.ndarray:

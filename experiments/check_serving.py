@@ -77,7 +77,7 @@ def ours(config: CheckServingConfig, opened: Opened, prompts: tuple[str, ...]) -
     tokens, lengths = encode_prompts(tokenizer, prompts)
     greedy = SamplingConfig(temperature=0.0, vocab_limit=tokenizer.vocab_size)
     found = jax.device_get(generate(opened.model, opened.params, tokens, lengths, greedy, jax.random.key(0),
-                                    max_new_tokens=config.max_new_tokens, stop_tokens=[tokenizer.eos_id]))
+                                    max_new_tokens=config.max_new_tokens, stop_tokens=tokenizer.stop_ids))
     rows = zip(lengths, found.tokens, found.logprobs, found.lengths, found.stopped, strict=True)
     return [Continuation(int(length), tokenizer.decode(row[: size - stopped].tolist()), logprobs[:size].tolist(),
                          bool(stopped))

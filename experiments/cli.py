@@ -86,7 +86,8 @@ def parse(
     Flags are the dotted names of the fields (`--data.source`, `--max-new-tokens`); `--help` prints each with the
     docstring under the field. `--preset NAME` replaces the field `model` by `presets(NAME)` and records the name in
     `preset`. The JSON file holds some or all fields; what it leaves out stays as it was, except that an object of
-    another `kind` is replaced as a whole. A field whose flag may be given several times (`UseAppendAction`) takes the
+    another `kind` is replaced as a whole, and that a file with a `preset` and no `model` stands for the flag, where
+    that is not given. A field whose flag may be given several times (`UseAppendAction`) takes the
     values of its flags in place of those it had.
 
     Args:
@@ -104,14 +105,18 @@ def parse(
     description = "\n\n".join(filter(None, (
         config_type.__doc__, about, "--config FILE.json starts from a saved config; flags override it.")))
     start: Any = default
+    args, path = take(args, "--config")
+    file = {} if path is None else load_json(dict, path)
     if presets is not None:
         args, preset = take(args, "--preset")
+        if "model" not in file and isinstance(file.get("preset"), str):
+            named = file.pop("preset")
+            preset = named if preset is None else preset
         if preset is not None:
             base: Any = config_type() if default is None else default
             start = dataclasses.replace(base, preset=preset, model=presets(preset))
-    args, path = take(args, "--config")
     if path is not None:
-        start = from_dict(config_type, _merge({} if start is None else to_dict(start), load_json(dict, path)))
+        start = from_dict(config_type, _merge({} if start is None else to_dict(start), file))
     lists = {} if start is None else {name: getattr(start, name) for name in _appended(config_type)}
     start = tyro.MISSING_NONPROP if start is None else dataclasses.replace(start, **dict.fromkeys(lists, ()))
     wants_help = "-h" in args or "--help" in args

@@ -85,9 +85,14 @@ class ConvertConfig:
                     value, f"must be left out: method={self.method!r} at cache_ratio={self.cache_ratio:g} reads none")
 
 
+def goes_by_layer(method: str, ratio: float) -> bool:
+    """Whether a conversion fits layer by layer to calibration text, and keeps those that are done."""
+    return ratio != 1 and method != "mean_pool"
+
+
 def unread(method: str, ratio: float) -> tuple[str, ...]:
     """Settings that a conversion does not read."""
-    if ratio == 1 or method == "mean_pool":
+    if not goes_by_layer(method, ratio):
         return ("calibration", "rows", "context", "ridge")
     return ("ridge",) if method == "key_pca" else ()
 
@@ -170,7 +175,7 @@ def require_reads(model: ModelConfig, params: Any, rows: np.ndarray) -> None:
 
 
 def unfinished(out: str) -> Path:
-    """Where a conversion keeps the layers that are done."""
+    """Where a conversion that goes layer by layer keeps the layers that are done."""
     return Path(out).with_name(f"{Path(out).name}.unfinished")
 
 
@@ -183,10 +188,12 @@ def main(config: ConvertConfig) -> None:
             f"must hold a GQA model, not {given.attention.variant}")
     require(tokenizer.vocab_size <= given.vocab_size, "tokenizer.vocab_size", tokenizer.vocab_size,
             f"must be at most the model's vocab_size={given.vocab_size}")
-    resumed = any(unfinished(config.out).glob("layer-*.npz"))
+    kept = goes_by_layer(config.method, config.cache_ratio)
+    resumed = kept and any(unfinished(config.out).glob("state-*.npz"))
     found, converted, layers = convert(config, given, params, tokenizer)
     save_run(config.out, found, balanced(found, converted), tokenizer)
-    shutil.rmtree(unfinished(config.out), ignore_errors=True)
+    if kept:
+        shutil.rmtree(unfinished(config.out), ignore_errors=True)
     if config.report:
         for layer in layers:
             print(json.dumps(dataclasses.asdict(layer)))

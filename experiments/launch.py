@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -32,6 +32,7 @@ from mfa_jax.train.cluster import ADDRESS, CLUSTER, COUNT, INDEX
 
 OWN_END_SECONDS, STOP_SECONDS = 2.0, 10.0
 """After a failure: for how long the others may end by themselves, and then after SIGTERM."""
+_STOP = ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +60,16 @@ def main(arguments: Sequence[str]) -> int:
     config = parse(LaunchConfig, arguments[:split])
     command = _command(list(arguments[split + 1:]))
     address = f"127.0.0.1:{_free_port()}"
-    children = [_start(command, _environment(config, address, index)) for index in range(config.processes)]
-    for index, child in enumerate(children):
-        _say(f"process {index} of {config.processes} is pid {child.pid}")
-    threads = [_forward(child, index) for index, child in enumerate(children)]
-    with _passing_on(children):
-        code = _wait(children, config.stop_others)
+    early: list[int] = []
+    with _on_signals(early.append):  # none may end the launcher between two starts: who would end the others?
+        children = _start_all(command, [_environment(config, address, index) for index in range(config.processes)])
+        for index, child in enumerate(children):
+            _say(f"process {index} of {config.processes} is pid {child.pid}")
+        threads = [_forward(child, index) for index, child in enumerate(children)]
+        with _on_signals(lambda number: _pass_on(children, number)):
+            for number in early:
+                _pass_on(children, number)
+            code = _wait(children, config.stop_others)
     for thread in threads:
         thread.join()
     return code
@@ -98,6 +103,17 @@ def _environment(config: LaunchConfig, address: str, index: int) -> dict[str, st
         ADDRESS: address, COUNT: str(config.processes), INDEX: str(index)}
 
 
+def _start_all(command: list[str], environments: Sequence[dict[str, str]]) -> list[subprocess.Popen[bytes]]:
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for environment in environments:
+            children.append(_start(command, environment))
+    except BaseException:
+        _end(children, _STOP)
+        raise
+    return children
+
+
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
     # A session of its own: the terminal's Ctrl-C comes to us alone, and once to each process through us.
     return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -124,17 +140,22 @@ def _forward(child: subprocess.Popen[bytes], index: int) -> threading.Thread:
 
 
 @contextlib.contextmanager
-def _passing_on(children: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        _say(f"passing {signal.Signals(number).name} on to all processes")
-        _send(children, number)
+def _on_signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """What SIGTERM and Ctrl-C do meanwhile."""
+    def handler(number: int, frame: FrameType | None) -> None:
+        handle(number)
 
-    previous: dict[int, Any] = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
+    previous: dict[int, Any] = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _pass_on(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    _say(f"passing {signal.Signals(number).name} on to all processes")
+    _send(children, number)
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]], stop_others: bool) -> int:
@@ -150,13 +171,17 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], stop_others: bool) -> int
     assert code is not None
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
     _say(f"process {failed[0]} {how}; {'stopping' if stop_others else 'waiting for'} the others")
-    stages = ((None, OWN_END_SECONDS), (signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, None))
-    for number, patience in stages if stop_others else ((None, None),):
+    _end(children, ((None, OWN_END_SECONDS), *_STOP) if stop_others else ((None, None),))
+    return 128 - code if code < 0 else code
+
+
+def _end(children: Sequence[subprocess.Popen[bytes]], stages: Sequence[tuple[int | None, float | None]]) -> None:
+    """Sends each signal in turn and waits for so many seconds, until all have ended."""
+    for number, patience in stages:
         if number is not None:
             _send(children, number)
         if _all_end(children, patience):
-            break
-    return 128 - code if code < 0 else code
+            return
 
 
 def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:

@@ -61,7 +61,7 @@ class Arguments:
     decode: bool = False
     """Plan the loop that decodes; otherwise a training step."""
     remat: Remat = "full"
-    """What the backward pass recomputes."""
+    """What the backward pass of a training step recomputes."""
     accumulate: int = 1
     """Parts that the batch of a training step is computed in."""
     dtype: DType = "bfloat16"
@@ -69,7 +69,7 @@ class Arguments:
     param_dtype: DType | None = None
     """What parameters are stored in; none for float32 in training, bfloat16 in decoding."""
     cache_dtype: Literal["float32", "bfloat16", "int8", "float8_e4m3fn"] = "bfloat16"
-    """What the cache holds."""
+    """With --decode, what the cache holds."""
     vocab_size: int | None = None
     """Rows of the tables in place of the model's own number, where that does not divide over `tensor`."""
     suggest: bool = True
@@ -84,8 +84,14 @@ class Arguments:
 
     def __post_init__(self) -> None:
         model_preset(self.model)  # refuses a name it does not know
-        for name in ("batch_tokens", "seq", "accumulate"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        for name in ("batch_tokens", "seq", "accumulate", "vocab_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "must be at least 1")
+        what, unread = ("decoding", ("remat", "accumulate")) if self.decode else ("a training step", ("cache_dtype",))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(field.name not in unread or value == field.default, field.name, value,
+                    f"must be left out: {what} reads none")
         require(self.decode or self.batch_tokens % self.seq == 0, "batch_tokens", self.batch_tokens,
                 f"must be a multiple of seq={self.seq}")
 
@@ -204,6 +210,9 @@ def print_tables(arguments: Arguments, plan: Plan, suggestion: Suggestion | None
                             ("kernels whose FLOPs are not counted", plan.prediction.unknown_kernels)):
             if names:
                 console.print(f"Note: {kind}: {', '.join(names)}")
+        if "expert" in plan.mesh:
+            console.print("Note: products and exchange of experts are those of a balanced router, which gives each as "
+                          "many tokens")
     if suggestion is not None:
         console.print(suggestion_table(suggestion))
     console.print(f"traced and lowered in {plan.lower_seconds:.1f} s, compiled in {plan.compile_seconds:.1f} s "

@@ -74,8 +74,15 @@ def make_mesh(sizes: Sequence[int] | None = None, devices: Sequence[Any] | None 
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
+      NotImplementedError: TPUs of several slices.
     """
-    count = len(devices) if devices is not None else jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    # GPUs have the attribute, too: there it tells hosts apart, which are no hindrance.
+    slices = {d.slice_index for d in devices if getattr(d, "platform", None) == "tpu" and hasattr(d, "slice_index")}
+    if len(slices) > 1:
+        raise NotImplementedError(f"mesh: the {count} TPUs are of {len(slices)} slices; accepted: those of one slice, "
+                                  f"since no mesh axis is laid over the network between slices")
     shape = list(sizes) if sizes is not None else [-1, 1, 1, 1, 1]
     if -1 in shape:
         rest = math.prod(s for s in shape if s != -1)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
+import jax
 import pytest
 
+from experiments import bench_mfu
 from experiments.bench_mfu import BenchMfuConfig, measure, measure_pair, pairs, to_table
 from mfa_jax.capacity import model_parameters
+from mfa_jax.config import MFAConfig, ModelConfig
 
 
 @pytest.mark.slow
@@ -28,6 +32,32 @@ def test_a_tiny_run_measures_both_models_and_records_what_failed(tmp_path: Path)
     assert to_table(record).row_count == 4
     again = measure_pair(pairs(tiny=True)["tiny"], "dense", config, peak=1e12, first=False)["sides"]["mfa"]
     assert again["mfu"] == pytest.approx(again["flops_per_s"] / 1e12)
+
+
+@pytest.mark.parametrize("failing", ["", "mfa"])
+def test_only_the_first_side_was_alone(failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it failed at its first step: the peak that it left is not that of the second."""
+    pair = pairs(tiny=True)["tiny"]
+
+    class Side:
+        def __init__(self, model: ModelConfig, *_: object) -> None:
+            self.name = "mfa" if isinstance(model.attention, MFAConfig) else "mha"
+            self.loss = 9.0
+
+        def run(self, steps: int) -> float:
+            if self.name == failing:
+                raise RuntimeError("out of memory")
+            self.loss -= steps
+            return self.loss
+
+        def predicted_bytes(self) -> int:
+            return 1
+
+    monkeypatch.setattr(bench_mfu, "_Side", Side)
+    monkeypatch.setattr(jax, "devices", lambda: [mock.Mock(memory_stats=lambda: {"peak_bytes_in_use": 7})])
+    sides = measure_pair(pair, "dense", BenchMfuConfig("unused", rounds=1, steps=1), None, first=True)["sides"]
+    assert sides["mha"]["peak_bytes"] is None
+    assert sides["mfa"]["status"] == "failed" if failing else sides["mfa"]["peak_bytes"] == 7
 
 
 def test_both_models_of_a_pair_have_as_many_parameters() -> None:

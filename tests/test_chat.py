@@ -82,6 +82,24 @@ def test_a_message_that_the_template_changes_cannot_be_continued() -> None:
                continue_last=True)
 
 
+@pytest.mark.parametrize("content", ["end", "m", "|", "assistant", "Yes?  "])
+def test_a_conversation_is_cut_where_the_last_content_ends(content: str) -> None:
+    """The end marker may hold the content. Blanks at the end stay where the template keeps them."""
+    messages = [MESSAGES[0], {"role": "assistant", "content": content}]
+    opened = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    trimming = CHATML.replace("m['content']", "m['content'] | trim")
+    for template, end in ((CHATML, content), (trimming, content.strip())):
+        found = render(chat_tokenizer(template), messages, add_generation_prompt=False, continue_last=True)
+        assert found == opened + end
+    assert messages[-1]["content"] == content
+
+
+@pytest.mark.parametrize("messages", [[], [MESSAGES[0], {"role": "assistant", "content": " "}]])
+def test_nothing_cannot_be_continued(messages: list[dict[str, str]]) -> None:
+    with pytest.raises(ValueError, match="messages=.*: must end with a message that has content to go on with"):
+        render(chat_tokenizer(), messages, add_generation_prompt=False, continue_last=True)
+
+
 # ---- the cache -------------------------------------------------------------------------------------------------
 
 

@@ -50,6 +50,8 @@ def test_a_run_and_its_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     capsys.readouterr()
     trained = load_trained(run)
     assert trained.step == 0 and isinstance(trained.tokenizer, ByteTokenizer)
+    with pytest.raises(ValueError, match=r"tokenizer='tok.bin': must be left out: the run .*run has its own"):
+        main(CheckParityConfig(run, str(tmp_path / "hf"), text=text, tokenizer="tok.bin"))
     with pytest.raises(ValueError, match="must not exist yet"):
         save_run(tmp_path / "run", c.config, c.params, ByteTokenizer())
 
@@ -62,11 +64,28 @@ def test_a_golden_file(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert found["tokens"] == 100 and 0 < found["largest_difference"] < 1e-4 and found["largest_kl"] < 1e-9
 
 
+def test_a_golden_file_with_some_of_the_logits(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stories = data_dir / "models" / "stories260K"
+    with np.load(stories / "golden_stories260K_fp64.npz") as file:
+        ids, logits = file["ids"], file["logits"]
+    parts = {"logits_first8": logits[:8], "logits_last": logits[-1]}
+    for names, positions in ((["logits_first8"], [*range(8)]), (["logits_last"], [99]),
+                             ([*parts], [*range(8), 99])):
+        np.savez(tmp_path / "golden.npz", ids=ids, **{name: parts[name] for name in names})
+        main(CheckParityConfig(str(stories), str(tmp_path / "golden.npz"), tolerance=1e-4, per_position=True))
+        found = json.loads(capsys.readouterr().out)
+        assert found["positions"] == positions and len(found["kl"]) == len(positions) and "mean_nll" not in found
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"left": "a.npz", "right": "b"}, "left='a.npz': must be a model"),
     ({"left": "a", "right": "b"}, "text=None: give a text, or a golden file"),
     ({"left": "a", "right": "b.npz", "text": "t"}, "text='t'"),
-    ({"left": "a", "right": "b.npz", "tokens": 1}, "tokens=1"),
+    ({"left": "a", "right": "b", "text": "t", "tokens": 1}, "tokens=1: must be at least 2"),
+    ({"left": "a", "right": "b.npz", "tokens": 64}, "tokens=64: must be left out: a golden file brings its tokens"),
+    ({"left": "a", "right": "b.npz", "tokenizer": "c"}, "tokenizer='c': must be left out: a golden file brings"),
     ({"left": "a", "right": "b.npz", "tolerance": -1.0}, "tolerance=-1.0"),
 ])
 def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
@@ -78,5 +97,5 @@ def test_a_file_that_is_no_golden_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         main(CheckParityConfig("a", str(tmp_path / "absent.npz")))
     np.savez(tmp_path / "other.npz", x=np.ones(2))
-    with pytest.raises(ValueError, match="must hold ids, and logits or nll; it holds x"):
+    with pytest.raises(ValueError, match="must hold ids, and some of logits, .*, nll; it holds x"):
         main(CheckParityConfig("a", str(tmp_path / "other.npz")))

@@ -14,17 +14,21 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from mfa_jax.train import processes
 from mfa_jax.train.checkpoint import Checkpoints, CheckpointWriteError, DamagedCheckpointError, Restored
-from mfa_jax.train.integrity import checksum
+from mfa_jax.train.integrity import UnreadableCheckpointError, checksum, unreadable
 
 # When one array cannot be read, orbax closes its event loop under the reads beside it. Those complain when they finish
 # ("Event loop is closed", from a thread of tensorstore: "in: None") or when they are collected ("<coroutine ...>"); the
@@ -245,6 +249,56 @@ def test_all_damaged_is_an_error_with_every_reason(copy: Path) -> None:
     assert not copy.with_name("checkpoints-damaged").exists()
 
 
+STALE = OSError(errno.ESTALE, "Stale file handle")
+
+
+def no_longer_opened() -> ValueError:
+    return ValueError("ABORTED: Error reading local file \"/c/3/params/d/1\": Error opening file "
+                      "[os_error_code='116'] [tensorstore_spec='...']")  # as tensorstore says it
+
+
+@pytest.mark.parametrize("failing", ["meta data", "metadata of orbax", "array"])
+def test_what_the_disk_refuses_for_now_is_no_damage(
+    copy: Path, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stale handle, as of a server that was restarted, where each kind of file is read."""
+    read = type(epath.Path(copy)).read_text
+
+    def refused(self: epath.Path, *given: Any, **more: Any) -> str:
+        if self.parent.name == "meta" and self.parts[-3] == "3":
+            raise STALE
+        return read(self, *given, **more)
+
+    def failed(error: Exception) -> Callable[..., Any]:
+        def restore(*given: Any, **more: Any) -> Any:
+            raise Exception("cannot read an array") from error  # as orbax does
+        return restore
+
+    with Checkpoints(copy) as store:
+        if failing == "meta data":
+            monkeypatch.setattr(type(epath.Path(copy)), "read_text", refused)
+        else:
+            monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore",
+                                failed(STALE if failing == "metadata of orbax" else no_longer_opened()))
+        with pytest.raises(UnreadableCheckpointError, match="Stale file .*errno 116.*nothing was moved") as caught:
+            store.restore(abstract(state()))
+        assert caught.value.errno == errno.ESTALE and "/3" in caught.value.filename
+        monkeypatch.undo()
+        assert store.steps() == [1, 2, 3] and restored(store, abstract(state())).step == 3
+    assert not copy.with_name("checkpoints-damaged").exists()
+
+
+def test_which_errors_are_damage() -> None:
+    for code in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        assert unreadable(OSError(code, "gone"), "there") is None
+    assert unreadable(ValueError("checksum differs"), "there") is None
+    for code in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EMFILE):
+        found = unreadable(OSError(code, "for now"), "there")
+        assert found is not None and found.errno == code and found.filename == "there"
+    found = unreadable(no_longer_opened(), "there")
+    assert found is not None and found.filename == "/c/3/params/d/1"
+
+
 KILLED = """
     import os, signal, sys, threading, time
     import jax, jax.numpy as jnp
@@ -273,6 +327,75 @@ def test_kill_while_saving_leaves_the_last_good_one(tmp_path: Path, delay: float
             np.testing.assert_array_equal(leaf, np.full((512, 1024), float(found.step)))
         store.save(found.step + 1, found.items, {}, wait=True)
         assert store.steps()[-1] == found.step + 1
+
+
+# ---- one writer ----
+
+
+def test_a_second_writer_is_refused_until_the_first_has_closed(copy: Path) -> None:
+    with Checkpoints(copy) as first:
+        with pytest.raises(ValueError, match=rf"folder='{copy}': process {os.getpid()} on \S+ writes there; accepted"):
+            Checkpoints(copy)
+        with Checkpoints(copy, read_only=True) as reader:
+            assert reader.steps() == [1, 2, 3]
+        first.save(4, state(4), META, wait=True)
+    assert (copy / processes.LOCK).read_bytes() == b"", "who held it is nobody's business any more"
+    with Checkpoints(copy) as second:
+        assert second.steps() == [2, 3, 4]
+
+
+def test_a_writer_that_could_not_be_opened_leaves_no_lock(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(processes, "require_same", mock.Mock(side_effect=ValueError("steps differ")))
+        with pytest.raises(ValueError, match="steps differ"):
+            Checkpoints(copy)
+    Checkpoints(copy).close()
+
+
+WRITER = """
+    import sys, time
+    from mfa_jax.train.checkpoint import Checkpoints
+    with Checkpoints(sys.argv[1]):
+        print("open", flush=True)
+        time.sleep(600)
+"""
+
+
+def test_a_writer_that_was_killed_locks_nothing(copy: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(WRITER), str(copy)], stdout=subprocess.PIPE,
+                          env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=Path(__file__).parents[1]) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == b"open\n"
+            with pytest.raises(ValueError, match=f"process {other.pid} on "):
+                Checkpoints(copy)
+        finally:
+            other.kill()
+        other.wait()
+        Checkpoints(copy).close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK])
+def test_where_files_cannot_be_locked_it_is_said_and_steps_are_still_compared(
+    copy: Path, code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(processes.fcntl, "flock", mock.Mock(side_effect=OSError(code, os.strerror(code))))
+    with caplog.at_level(logging.WARNING, "mfa_jax"), Checkpoints(copy) as first, Checkpoints(copy) as second:
+        second.save(4, state(4), META, wait=True)
+        with pytest.raises(ValueError, match="step=4: must exceed the latest step 4"):
+            first.save(4, state(5), META)
+    assert f"cannot be locked ({os.strerror(code)}), so nothing keeps a second run" in caplog.text
+
+
+def test_only_process_0_holds_the_lock(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with processes.sole_writer(epath.Path(copy)), monkeypatch.context() as patched:
+        patched.setattr(processes.jax, "process_index", lambda: 1)
+        patched.setattr(processes, "gather", lambda text: ["", text])
+        with processes.sole_writer(epath.Path(copy)):
+            pass
+        patched.setattr(processes, "gather", lambda text: ["failed: folder='c': another process writes there", text])
+        with pytest.raises(ValueError, match="process 0 failed: folder='c': another process writes there"), \
+                processes.sole_writer(epath.Path(copy)):
+            pass
 
 
 # ---- another architecture ----
@@ -325,7 +448,7 @@ def test_keeps_the_latest_and_the_best(tmp_path: Path) -> None:
         store.save(9, items, {}, metric=0.5)
         store.save(10, items, {}, wait=True)
         assert store.steps() == [9, 10]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "9"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["10", "9", "lock"]
 
 
 def test_a_damaged_best_does_not_stop_a_new_run(copy: Path) -> None:
@@ -411,7 +534,8 @@ def test_a_full_disk_loses_nothing_and_is_told_at_the_next_call(small_disk: Path
 def test_a_read_only_folder(small_disk: Path) -> None:
     with Checkpoints(small_disk / "c") as store:
         store.save(1, noise(100), META, wait=True)
-        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+        # Over it, since the lock is a file open for writing, and keeps the disk itself from being remounted.
+        subprocess.run(["mount", "-o", "bind,ro", str(small_disk), str(small_disk)], check=True)
         with pytest.raises(CheckpointWriteError, match="step 2 was not written: Read-only file system") as caught:
             store.save(2, noise(100), META, wait=True)
         assert caught.value.errno == errno.EROFS
@@ -420,6 +544,7 @@ def test_a_read_only_folder(small_disk: Path) -> None:
         Checkpoints(small_disk / "c")
     with Checkpoints(small_disk / "c", read_only=True) as store:
         assert_same(restored(store, abstract(noise(100))).items, noise(100))
+    subprocess.run(["umount", str(small_disk)], check=True)
 
 
 # ---- the checksum ----

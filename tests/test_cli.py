@@ -84,6 +84,25 @@ def test_flags_override_file_overrides_preset_overrides_defaults(tmp_path: Path)
     assert config == cli.parse(TrainConfig, args[2:] + args[:2], default=start, presets=preset)
 
 
+def test_a_preset_of_a_file_is_that_of_the_flag(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"preset": "small", "steps": 7}')
+    file = ["--config", str(path)]
+    config = cli.parse(TrainConfig, file, presets=preset)
+    assert config == dataclasses.replace(cli.parse(TrainConfig, ["--preset", "small"], presets=preset), steps=7)
+    assert config.model == preset("small")
+    assert cli.parse(TrainConfig, [*file, "--model.num-layers", "3"], presets=preset).model.num_layers == 3
+    path.write_text('{"preset": "large"}')
+    with pytest.raises(ValueError, match="preset='large': must be small"):
+        cli.parse(TrainConfig, file, presets=preset)
+    assert cli.parse(TrainConfig, [*file, "--preset", "small"], presets=preset).preset == "small"
+    path.write_text('{"preset": 5}')
+    with pytest.raises(ValueError, match="config.preset=5: must be of type str"):
+        cli.parse(TrainConfig, file, presets=preset)
+    path.write_text('{"preset": "large", "model": {"num_layers": 3}}')  # as a run saves it: the model counts
+    assert cli.parse(TrainConfig, file, presets=preset).model == ModelConfig(num_layers=3)
+
+
 def test_a_saved_config_comes_back(tmp_path: Path) -> None:
     saved = TrainConfig(model=ModelConfig(attention=GQAConfig(num_kv_heads=2)), ema_decay=0.9, workdir="elsewhere")
     path = tmp_path / "config.json"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from unittest import mock
 
 import jax
 import pytest
 from etils import epath
 
+from mfa_jax import axes
 from mfa_jax.train import processes
 from mfa_jax.train.cluster import Cluster, find_cluster, joined, label
 
@@ -159,3 +161,36 @@ def test_one_process_stops_at_its_own_signal() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop(2)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_sigterm_leaves_the_save_alone_and_a_second_interrupt_does_not() -> None:
+    died: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: died.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt), processes.stop_signals() as stop:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stop(1) and not died
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop(2)
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert died == [signal.SIGTERM], "as it was before"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("platform", "refused"), [("tpu", True), ("gpu", False)])
+def test_tpus_of_several_slices_are_refused(
+    platform: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPUs of several hosts have such numbers, too."""
+    devices = [mock.Mock(platform=platform, slice_index=i // 4) for i in range(8)]
+    made = axes.make_mesh((1,) * 5, jax.devices()[:1])
+    monkeypatch.setattr(axes.jax, "make_mesh", lambda *_, **__: made)
+    assert axes.make_mesh(devices=devices[:4]) is made
+    if not refused:
+        assert axes.make_mesh(devices=devices) is made
+        return
+    with pytest.raises(NotImplementedError, match="mesh: the 8 TPUs are of 2 slices; accepted: those of one slice"):
+        axes.make_mesh(devices=devices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,14 @@ def test_every_field_survives_json() -> None:
     (lambda: MeshConfig(data=-1, fsdp=-1), "only one axis may be -1"),
     (lambda: MeshConfig(tensor=0), "tensor=0: must be at least 1"),
     (lambda: TrainConfig(accumulate=3), "batch_size=16 is not a multiple of accumulate=3"),
+    (lambda: TrainConfig(workdir="gs://bucket/run"), "workdir='gs://bucket/run': must be a folder; a bucket can be m"),
+    (lambda: DataConfig(prepared="gs://bucket/data"), "prepared='gs://bucket/data': must be a folder"),
+    (lambda: DataConfig(seed=-1), r"seed=-1: must be in 0 \.\. 2\^32 - 1"),
+    (lambda: DataConfig(seed=2**32), r"seed=4294967296: must be in 0 \.\. 2\^32 - 1"),
+    (lambda: OptimizerConfig(learning_rate=math.inf), "learning_rate=inf: must be positive and finite"),
+    (lambda: OptimizerConfig(weight_decay=math.inf), "weight_decay=inf: must be 0 or positive"),
+    (lambda: OptimizerConfig(eps=math.inf), "eps=inf: must be positive and finite"),
+    (lambda: TrainConfig(z_loss=math.inf), "z_loss=inf: must be 0 or positive"),
     (lambda: TrainConfig(ema_decay=1.0), r"ema_decay=1.0: must be in \(0, 1\)"),
     (lambda: from_dict(TrainConfig, {"model": {"atention": {}}}), "config.model=.*atention.*unknown field; accepted"),
     (lambda: from_dict(TrainConfig, {"steps": "many"}), "config.steps='many': must be of type int"),

@@ -273,14 +273,14 @@ def test_configs_that_are_refused(change: dict[str, Any], error: type[Exception]
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"model.norm.weight": None}, ValueError, r"model.norm.weight \(16,\)'?: these tensors are missing"),
-        ({"lm_head.weight": None}, ValueError, r"lm_head.weight \(.*, 16\)'?: these tensors are missing"),
-        ({"model.layers.2.mlp.up_proj.weight": np.ones((F, D))}, ValueError, "layers.2.*has no such tensors"),
-        ({"model.layers.1.self_attn.q_proj.bias": np.ones(N * H)}, ValueError, "q_proj.bias.*has no such tensors"),
+        ({"model.norm.weight": None}, ValueError, r"'missing: model.norm.weight \(16,\)': must hold"),
+        ({"lm_head.weight": None}, ValueError, r"'missing: lm_head.weight \(40, 16\)': must hold"),
+        ({"model.layers.2.mlp.up_proj.weight": np.ones((F, D))}, ValueError, r"'left over: .*layers.2.*\(24, 16\)'"),
+        ({"model.layers.1.self_attn.q_proj.bias": np.ones(N * H)}, ValueError, r"'left over: .*q_proj.bias"),
         ({"model.layers.1.self_attn.k_proj.weight": np.ones((N * H, D))}, ValueError,
-         r"layers.1.self_attn.k_proj.weight=\(32, 16\): .* shape \(16, 16\)"),
+         r"'of another shape: model.layers.1.self_attn.k_proj.weight \(32, 16\) instead of \(16, 16\)': must"),
         ({"model.layers.0.mlp.up_proj.weight": np.ones((D, F))}, ValueError,
-         r"layers.0.mlp.up_proj.weight=\(16, 24\): .* shape \(24, 16\) \(it is transposed\)"),
+         r"layers.0.mlp.up_proj.weight \(16, 24\) instead of \(24, 16\) \(it is transposed\)"),
         ({"model.norm.weight": np.ones(D, np.int8)}, NotImplementedError, "model.norm.weight is stored as I8"),
     ],
 )
@@ -290,6 +290,44 @@ def test_tensors_that_are_refused(
     tensors = {name: tensor for name, tensor in {**make_tensors(), **change}.items() if tensor is not None}
     with pytest.raises(error, match=message):
         load_pretrained(write(tmp_path, tensors))
+
+
+def test_all_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
+    at = "model.layers.{}.self_attn.{}_proj.{}"
+    gone = [at.format(i, name, "weight") for i in range(L) for name in "qko"]
+    more = {at.format(i, name, "bias"): np.ones(3) for i in range(L) for name in "qkv"}
+    misshapen = [at.format(i, "v", "weight") for i in range(L)]
+    tensors = {name: tensor for name, tensor in make_tensors().items() if name not in gone}
+    tensors |= more | dict.fromkeys(misshapen, np.ones((2, 3)))
+    with pytest.raises(ValueError, match="^checkpoint='missing: .*; left over: .*; of another shape: ") as caught:
+        load_pretrained(write(tmp_path, tensors))
+    missing, left, shapes = str(caught.value).split(";")
+    assert all(f"{name} {SHAPES[name]}" in missing for name in gone) and missing.count("model.") == 6
+    assert all(f"{name} (3,)" in left for name in more) and left.count("model.") == 6
+    assert all(f"{name} (2, 3) instead of (16, 16)" in shapes for name in misshapen) and shapes.count("model.") == 2
+    write(tmp_path, {**make_tensors(), **{f"more.{i:02}": np.ones(1) for i in range(24)}})
+    with pytest.raises(ValueError, match=r"left over: more.00 \(1,\), .* more.19 \(1,\) and 4 more'"):
+        load_pretrained(tmp_path)
+
+
+def test_indices_that_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, make_tensors(), shards=2)
+    path = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(path.read_text())["weight_map"]
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    assert (weight_map[head], weight_map[embed]) == (first, second)
+    where = "weight_map of model.safetensors.index.json"
+    swapped = rf"{head} in {second} \(it lies in {first}\), {embed} in {first} \(it lies in {second}\)"
+    for given, message in (
+            ({}, f"{where}={{}}: must name the file of each tensor"),
+            ([], rf"{where}=\[\]: must be of type dict"),
+            ({**weight_map, head: 1}, f"{where}: {head}=1: must be of type str"),
+            ({**weight_map, head: None}, f"{where}: {head}=None: must be of type str"),
+            ({**weight_map, head: second, embed: first}, f"{where}='{swapped}': must name the file that")):
+        path.write_text(json.dumps({"weight_map": given}))
+        with pytest.raises(ValueError, match=message):
+            load_pretrained(tmp_path)
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:

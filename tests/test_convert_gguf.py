@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from mfa_jax.config import ModelConfig
+from mfa_jax.config import ModelConfig, RopeScaling
 from mfa_jax.convert import load_pretrained, pretrained_tokenizer
 from mfa_jax.model.transformer import Transformer
 from tests.smollm2 import smollm2
@@ -98,10 +99,10 @@ def test_qwen_files_keep_halves_biases_and_norms(tmp_path: Path, family: str) ->
 
 
 def test_rope_scaling_of_a_file(tmp_path: Path) -> None:
-    def read(*settings: tuple[str, Any]) -> ModelConfig:
+    def read(*settings: tuple[Any, ...]) -> ModelConfig:
         def more(writer: Any) -> None:
-            for name, value in settings:
-                getattr(writer, name)(value)
+            for name, *values in settings:
+                getattr(writer, name)(*values)
 
         return load_pretrained(write_gguf(tmp_path / "toy.gguf", make_tensors(), more))[0]
 
@@ -111,6 +112,20 @@ def test_rope_scaling_of_a_file(tmp_path: Path) -> None:
     yarn = read(("add_rope_scaling_type", gguf.RopeScalingType.YARN), ("add_rope_scaling_factor", 4.0),
                 ("add_rope_scaling_orig_ctx_len", 64))
     assert (yarn.position.scaling.kind, yarn.position.scaling.original_max_positions) == ("yarn", 64)
+    assert read(("add_rope_scaling_factor", 4.0)).position.scaling == RopeScaling("linear", 4.0)
+    old = ("add_float32", "llama.rope.scale_linear")
+    assert read((*old, 4.0)).position.scaling == RopeScaling("linear", 4.0)
+    assert read((*old, 4.0), ("add_rope_scaling_factor", 2.0)).position.scaling == RopeScaling("linear", 2.0)
+    for same in ((*old, 1.0), (*old, 0.0), ("add_rope_scaling_factor", 1.0), ("add_rope_scaling_factor", 0.0),
+                 ("add_rope_scaling_type", gguf.RopeScalingType.LINEAR)):
+        assert read(same).position.scaling is None
+    none = ("add_rope_scaling_type", gguf.RopeScalingType.NONE)
+    assert read(none, ("add_rope_scaling_factor", 4.0)).position.scaling is None
+    with pytest.raises(NotImplementedError, match=r"rope_freqs.weight beside rope_scaling=.*4.0"):
+        read(("add_rope_scaling_factor", 4.0), ("add_tensor", "rope_freqs.weight", np.ones(4, np.float32)))
+    assert read(("add_rope_dimension_count", 8)).attention.head_dim == 8
+    with pytest.raises(NotImplementedError, match="llama.rope.dimension_count=4: rope turns whole heads only, of 8 "):
+        read(("add_rope_dimension_count", 4))
     with pytest.raises(NotImplementedError, match="longrope"):
         read(("add_rope_scaling_type", gguf.RopeScalingType.LONGROPE))
     with pytest.raises(NotImplementedError, match="sliding_window=7"):
@@ -129,8 +144,92 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match="tokenizer.ggml.model=None.*give the tokenizer.json"):
         pretrained_tokenizer(write_gguf(tmp_path / "toy.gguf", tensors))
     del tensors["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight \(.*\)'?: these tensors are missing"):
+    with pytest.raises(ValueError, match=r"'missing: model.layers.1.mlp.up_proj.weight \(24, 16\)'"):
         load_pretrained(write_gguf(tmp_path / "toy.gguf", tensors))
+
+
+def test_a_file_that_is_cut_short(tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "toy.gguf", make_tensors()).read_bytes()
+    header = whole.index(b"output_norm.weight") + 100
+    for size in (*range(0, header, 5), len(whole) - 100):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"checkpoint='.*cut.gguf': is not a GGUF file, or is cut short"):
+            load_pretrained(tmp_path / "cut.gguf")
+
+
+@pytest.mark.parametrize(("name", "shape"), [("self_attn.q_proj", (30, 16)), ("self_attn.k_proj", (9, 16))])
+def test_rows_that_heads_do_not_divide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, shape: tuple[int, ...]
+) -> None:
+    name = f"model.layers.1.{name}.weight"
+    expected = make_tensors()[name].shape
+    monkeypatch.setattr("tests.test_convert_gguf.pairs", lambda name, tensor: tensor)
+    path = write_gguf(tmp_path / "toy.gguf", make_tensors() | {name: np.ones(shape)})
+    with pytest.raises(ValueError, match=re.escape(f"'of another shape: {name} {shape} instead of {expected}'")):
+        load_pretrained(path)
+
+
+def test_settings_that_are_refused(tmp_path: Path) -> None:
+    def read(*settings: tuple[Any, ...]) -> ModelConfig:
+        def more(writer: Any) -> None:
+            for name, *values in settings:
+                if values[0] in writer.kv_data[0]:
+                    del writer.kv_data[0][values[0]]
+                getattr(writer, name)(*values)
+
+        return load_pretrained(write_gguf(tmp_path / "toy.gguf", make_tensors(), more))[0]
+
+    heads = "llama.attention.head_count_kv"
+    assert read(("add_array", heads, [2, 2])) == read()
+    with pytest.raises(NotImplementedError, match=rf"{heads}=\[2, 1\]: differs by layer"):
+        read(("add_array", heads, [2, 1]))
+    with pytest.raises(ValueError, match="llama.attention.head_count='four': must be in the file, an integer"):
+        read(("add_string", "llama.attention.head_count", "four"))
+    assert read(("add_uint16", "split.count", 1)) == read()
+    with pytest.raises(NotImplementedError, match=r"split.count=3: .*toy.gguf is a part of a file"):
+        read(("add_uint16", "split.count", 3))
+    with pytest.raises(NotImplementedError, match="split.count=3"):
+        pretrained_tokenizer(tmp_path / "toy.gguf")
+
+
+def toy_tokenizer(path: Path, rules: str = "gpt-2", **change: Any) -> Any:
+    """Of `abc`, which merges don't reach, and an end token; `change` replaces a list, or leaves it out."""
+    lists = {"token_list": ["a", "b", "c", "bc", "ab", "abc", "<end>"], "token_merges": ["b c", "a b", "ab c"],
+             "token_types": [1] * 6 + [3], **change}
+
+    def more(writer: Any) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(rules)
+        writer.add_eos_token_id(lists.pop("eos", 6))
+        for name, values in lists.items():
+            if values is not None:
+                getattr(writer, f"add_{name}")(values)
+
+    return pretrained_tokenizer(write_gguf(path, make_tensors(), more))
+
+
+@pytest.mark.parametrize("rules", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_words_of_the_vocabulary_before_merges(tmp_path: Path, rules: str) -> None:
+    """As in llama.cpp, and in Llama 3's tokenizer.json: `b c` comes first, and no merge makes `abc` of `a bc`."""
+    tokenizer = toy_tokenizer(tmp_path / "toy.gguf", rules)
+    assert tokenizer.encode("abc").tolist() == ([5] if rules == "llama-bpe" else [0, 3])
+    assert tokenizer.encode("abcc").tolist() == [0, 3, 2] and tokenizer.eos_id == 6
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"token_list": None}, "tokenizer.ggml.tokens=None: is missing from the file"),
+    ({"token_merges": None}, "tokenizer.ggml.merges=None: is missing"),
+    ({"token_types": None}, "tokenizer.ggml.token_type=None: is missing .*; give the tokenizer.json"),
+    ({"token_types": [1] * 6}, "tokenizer.ggml.token_type='6 types': must have one for each of 7 tokens"),
+    ({"token_merges": ["a x"]}, "tokenizer.ggml.merges='a x': must be two tokens that together are a third"),
+    ({"token_merges": ["a c"]}, "tokenizer.ggml.merges='a c'"),
+    ({"token_merges": ["abc"]}, "tokenizer.ggml.merges='abc "),
+    ({"token_merges": ["a b c"]}, "tokenizer.ggml.merges='a b c'"),
+    ({"eos": 7}, "tokenizer.ggml.eos_token_id=7: must be below 7 tokens"),
+])
+def test_tokenizers_that_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        toy_tokenizer(tmp_path / "toy.gguf", **change)
 
 
 @pytest.mark.slow

@@ -110,6 +110,34 @@ def test_the_script(data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert load_trained(tmp_path / "pca").model.config.attention.kind == "mfa"
 
 
+def test_anothers_unfinished_layers_are_left_alone(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What keeps no layers resumes none and removes none; what keeps its own does both."""
+    (tmp_path / "text.txt").write_text("Once upon a time, there was a little girl who liked to play. " * 80)
+    out, kept = tmp_path / "out", tmp_path / "out.unfinished"
+    options: dict[str, Any] = {"source": str(data_dir / "models" / "stories260K"), "tokenizer": "tok512.bin",
+                               "out": str(out)}
+    calibrated: dict[str, Any] = {**options, "to": "mfa", "method": "key_pca", "cache_ratio": 2.0, "rows": 8,
+                                  "context": 64, "calibration": (str(tmp_path / "text.txt"),)}
+
+    def interrupt(*args: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("builtins.print", interrupt)
+        main(ConvertConfig(**calibrated))
+    held = sorted(path.name for path in kept.iterdir())
+    assert held == ["conversion.json", "layer-0.npz", "state-0.npz"]
+    for plain in ({"to": "mfa"}, {"to": "gqa", "method": "mean_pool", "cache_ratio": 2.0}):
+        main(ConvertConfig(**options, **plain))
+        assert json.loads(capsys.readouterr().out)["resumed"] is False
+        assert sorted(path.name for path in kept.iterdir()) == held
+        shutil.rmtree(out)
+    main(ConvertConfig(**calibrated))
+    assert json.loads(capsys.readouterr().out)["resumed"] is True and not kept.exists()
+
+
 def test_what_is_refused() -> None:
     c = compiled(model_config("gqa"))
     with pytest.raises(ValueError, match="num_kv_heads=3: must divide the 2 key heads"):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfa_jax.config import DataConfig
-from mfa_jax.data.prepare import prepare
+from mfa_jax.data.prepare import _hash, prepare
 from mfa_jax.data.shards import META, SPLITS, Prepared, open_prepared, write_checksums
 from mfa_jax.data.tokenizers import ByteTokenizer
 
@@ -129,6 +129,16 @@ def test_a_document_of_both_sources_is_refused(tmp_path):
     with pytest.raises(ValueError, match="#1': is held out by held_out_source="):
         prepare(dataclasses.replace(config, held_out_source=str(other)), tmp_path / "data", BYTES)
     assert not (tmp_path / "data").exists()
+
+
+def test_documents_of_both_sources_are_told_apart_by_more_than_the_number_that_splits(tmp_path):
+    """Two texts whose 48 bits are the same, of which a hundred million documents have some."""
+    mine, other = "17612872", tmp_path / "other.txt"
+    other.write_text("18158534")
+    assert _hash(mine) == _hash(other.read_text())
+    config = config_of(tmp_path, [mine], held_out_source=str(other))
+    prepared = prepare(config, tmp_path / "data", BYTES)
+    assert (texts_of(prepared, "train"), texts_of(prepared, "held_out")) == ([mine], [other.read_text()])
 
 
 @pytest.mark.parametrize("texts, share, message", [

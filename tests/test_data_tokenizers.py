@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfa_jax.data.sentencepiece import SentencePieceTokenizer
-from mfa_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, StreamDecoder, load_tokenizer
+from mfa_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, StreamDecoder, decode_after, load_tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 SAMPLE = ("the theme of these three, then: ab abab", "Füße, 中文, 🙂", " leading and  double spaces\n\n", "</s><s>")
@@ -189,7 +191,7 @@ def test_the_end_token_is_given_configured_or_found(tmp_path, json_file):
 def test_a_saved_tokenizer_is_the_same_one(every, kind, tmp_path):
     every[kind].save(tmp_path / "tokenizer")
     again = load_tokenizer(tmp_path / "tokenizer")
-    for name in ("vocab_size", "eos_id", "bos_id", "fingerprint"):
+    for name in ("vocab_size", "eos_id", "bos_id", "stop_ids", "fingerprint"):
         assert getattr(again, name) == getattr(every[kind], name)
     for text in SAMPLE:
         np.testing.assert_array_equal(again.encode(text), every[kind].encode(text))
@@ -200,6 +202,41 @@ def test_the_chosen_end_token_is_saved(json_file, tmp_path):
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).eos_id == 0
     assert tokenizer.fingerprint != load_tokenizer(json_file).fingerprint
+
+
+def test_what_ends_a_text_is_what_the_files_beside_it_say(json_file, tmp_path):
+    """Chat models end their turns with another token than documents, and name both."""
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        path = tmp_path / "tokenizer.json"
+        path.write_bytes(json_file.read_bytes())
+        (tmp_path / name).write_text(json.dumps({
+            "config.json": {"eos_token_id": 0}, "generation_config.json": {"eos_token_id": [5, 0]},
+            "tokenizer_config.json": {"eos_token": "</s>"}}[name]))
+        found = load_tokenizer(tmp_path)
+        assert found.stop_ids == {"config.json": (0,), "generation_config.json": (5, 0),
+                                  "tokenizer_config.json": (1, 5, 0)}[name]
+        assert found.eos_id == found.stop_ids[0]
+    found.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").stop_ids == (1, 5, 0)
+    assert load_tokenizer(json_file).stop_ids == (1,)
+    for wrong, message in ((999, "eos_token_id=999: must be a token of the vocabulary"),
+                           ([0, "</s>"], r"eos_token_id=\[0, '</s>'\]: of .*generation_config.json must be ids")):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path)
+
+
+def test_special_tokens_are_known_by_their_spelling(every):
+    assert [every[kind].special_id("</s>") for kind in KINDS] == [None, 1, 2]
+    assert [every[kind].special_id("the") for kind in KINDS] == [None, None, None]
+
+
+def test_text_depends_on_what_was_before_it(every):
+    """`decode_after` continues a text: after the begin token alone sentencepiece drops a space."""
+    tokenizer = every["sentencepiece"]
+    ids = tokenizer.encode("the").tolist()
+    assert decode_after(tokenizer, [tokenizer.bos_id], ids) == "the"
+    assert decode_after(tokenizer, [tokenizer.bos_id, *ids], ids) == " the"
 
 
 def test_a_changed_or_missing_file_is_refused(every, tmp_path):
@@ -221,6 +258,32 @@ def test_a_changed_or_missing_file_is_refused(every, tmp_path):
     (tmp_path / "mfa_tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("cut", range(4))
+def test_a_save_that_is_cut_off_is_no_tokenizer_and_can_be_made_again(every, tmp_path, monkeypatch, cut):
+    """The disk is full, or the process is killed, at each step of it; either way nothing counts before all is there."""
+    tokenizer, steps, folder = every["huggingface"], [], tmp_path / "tokenizer"
+    write, replace = Path.write_bytes, Path.replace
+
+    def step(function, half):
+        def stepped(path, given):
+            if len(steps) == cut:
+                half(path)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            steps.append(path.name)
+            return function(path, given)
+        return stepped
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_bytes", step(write, lambda path: write(path, b"{")))
+        full.setattr(Path, "replace", step(replace, lambda path: None))
+        with pytest.raises(ValueError, match=r"cannot be saved to '.*' \(No space left on device\)"):
+            tokenizer.save(folder)
+    assert {path.name for path in folder.iterdir()} <= {"tokenizer.json"}, "neither half a file nor what says all"
+    tokenizer.save(folder)
+    assert load_tokenizer(folder).fingerprint == tokenizer.fingerprint
+    assert sorted(path.name for path in folder.iterdir()) == ["mfa_tokenizer.json", "tokenizer.json"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

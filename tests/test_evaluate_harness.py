@@ -123,6 +123,40 @@ def test_generation_does_what_each_task_says() -> None:
         adapter(max_length=8).generate_until([ask("a", {"max_gen_toks": 8})], disable_tqdm=True)
 
 
+def test_equal_prompts_get_texts_of_their_own() -> None:
+    """Tasks that vote among samples repeat a prompt; a batch holds few of them."""
+    prompts = [list(b"once")] * 6
+    found = [complete_until(C.model, C.params, TOKENIZER, prompts, [], SamplingConfig(), jax.random.key(1),
+                            max_new_tokens=12, batch_tokens=size) for size in (64, 256)]
+    assert len(set(found[0])) == 6 and found[0] == found[1]
+
+
+class Spelling(ByteTokenizer):
+    """Bytes of which one is a special token."""
+
+    def __init__(self, special: str) -> None:
+        self.special = special
+
+    def decode(self, ids: Any) -> str:
+        return super().decode(i for i in ids if i != ord(self.special))
+
+    def special_id(self, text: str) -> int | None:
+        return ord(text) if text == self.special else None
+
+
+def test_a_stop_string_may_be_a_special_token() -> None:
+    """It leaves no text in which it could be found."""
+    def run(tokenizer: ByteTokenizer, until: list[str]) -> str:
+        return complete_until(C.model, C.params, tokenizer, [list(b"once")], until, SamplingConfig(), jax.random.key(0),
+                              max_new_tokens=48)[0]
+
+    whole = run(TOKENIZER, [])
+    special = next(c for c in whole[8:] if c.isascii())
+    cut = run(Spelling(special), [special])
+    assert cut == whole[: whole.index(special)] and len(cut) >= 1
+    assert run(Spelling(special), []) == whole.replace(special, "")
+
+
 def test_by_name_from_a_run(tmp_path: Path) -> None:
     from lm_eval.api.registry import get_model
 

@@ -66,6 +66,17 @@ def test_the_seed_decides() -> None:
     assert same.tokens.tolist() != other.tokens.tolist()
 
 
+def test_a_row_may_have_a_key_of_its_own() -> None:
+    """`fold_in` of one key is the default; a row's key moves with it."""
+    c = compiled(model_config("mfa"))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(KEY, jnp.arange(3))
+    found = [generate(c.model, c.params, PROMPTS[rows], LENGTHS[rows], SamplingConfig(), key, max_new_tokens=NEW).tokens
+             for rows, key in (([0, 1, 2], KEY), ([0, 1, 2], keys), ([2, 0, 1], keys[jnp.array([2, 0, 1])]))]
+    assert found[0].tolist() == found[1].tolist() == found[2][np.array([1, 2, 0])].tolist()
+    with pytest.raises(ValueError, match=r"key=\(2,\): must be one key of jax.random.key, or 3, one for each row"):
+        generate(c.model, c.params, PROMPTS, LENGTHS, GREEDY, keys[:2], max_new_tokens=NEW)
+
+
 def test_rows_end_at_their_own_stop_tokens() -> None:
     c = compiled(model_config("mfa"))
     free = np.asarray(generate(c.model, c.params, PROMPTS, LENGTHS, GREEDY, KEY, max_new_tokens=NEW).tokens)
@@ -114,6 +125,12 @@ def test_text_in_text_out() -> None:
     assert "".join(pieces) == both[0]
     with pytest.raises(ValueError, match="prompt='': must have at least one token"):
         complete(c.model, c.params, tokenizer, [""], sampling, KEY, **options)
+    begun = complete(c.model, c.params, tokenizer, ["def f"], GREEDY, KEY, add_bos_token=True, **options)
+    ids = np.array([[tokenizer.bos_id, *b"def f"]])
+    found = generate(c.model, c.params, ids, [6], GREEDY, KEY, stop_tokens=[tokenizer.eos_id], **options)
+    assert begun == [tokenizer.decode(np.asarray(found.tokens[0, : found.lengths[0]]).tolist())]
+    with pytest.raises(ValueError, match=r"texts=\[\]: must be at least one"):
+        complete(c.model, c.params, tokenizer, [], sampling, KEY, **options)
 
 
 def test_a_conversation_compiles_once_per_bucket() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from mfa_jax import cache
 from mfa_jax.kernels import IMPLEMENTATIONS, Call, Device, decode, decode_attention, default_device, resolve, xla
@@ -173,6 +176,9 @@ def test_the_loop_ends_at_the_longest_length() -> None:
     ({"value_width": 8}, ValueError, r"value_width=8: .* only with v=None"),
     ({"k": jnp.zeros((2, 20, 16), jnp.int8)}, ValueError, r"k_scale.shape=None: must be \(2, 20\)"),
     ({"v_scale": jnp.ones((2, 20))}, ValueError, r"v_scale.shape=\(2, 20\): must be None"),
+    ({"v": jnp.zeros((2, 20, 16), jnp.int8), "v_scale": jnp.ones((2, 20))}, ValueError,
+     r"v.dtype='int8': must be float32, as k"),
+    ({"k": jnp.zeros((2, 20, 16), jnp.bfloat16)}, ValueError, r"v.dtype='float32': must be bfloat16, as k"),
     ({"alibi_slopes": jnp.ones(4)}, ValueError, r"alibi_slopes.shape=\(4,\): must be \(3,\)"),
     ({"implementation": "cuda"}, ValueError, r"implementation='cuda': must be one of auto, reference, xla"),
 ])
@@ -180,6 +186,47 @@ def test_bad_input_is_named(changes: dict[str, Any], error: type[Exception], mes
     call = {**make("mfa", "none", S=20, lengths=(3, 20)), **changes}
     with pytest.raises(error, match=message):
         decode_attention(**call)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.uint32, jnp.float32])
+def test_lengths_are_signed(dtype: Any) -> None:
+    """`lengths - T` is below zero where a query stands before its row. The annotation of `decode_attention` says so,
+    too, but is checked in tests only."""
+    call = make("mfa", "none", S=20, lengths=(0, 20))
+    names = ("rope", "alibi_slopes", "k_scale", "v_scale", "value_width")
+    with pytest.raises(ValueError, match=f"lengths.dtype='{jnp.dtype(dtype)}': must be a signed integer"):
+        decode.averages(**{**dict.fromkeys(names), **call, "lengths": call["lengths"].astype(dtype)},
+                        implementation="xla")
+
+
+@pytest.mark.parametrize(("dtype", "cache_dtype", "precision"), [
+    (jnp.float32, jnp.float32, jax.lax.Precision.HIGHEST), (jnp.float32, jnp.int8, jax.lax.Precision.HIGHEST),
+    (jnp.bfloat16, jnp.bfloat16, None)])
+def test_products_of_float32_are_asked_for_in_full(dtype: Any, cache_dtype: Any, precision: Any) -> None:
+    """An accelerator would round their factors otherwise, which no test on a CPU can see."""
+    call = make("mfa", "none", dtype=cache_dtype)
+    arrays = {name: x for name, x in {**call, "q": call["q"].astype(dtype)}.items() if isinstance(x, jax.Array)}
+    program = jax.make_jaxpr(functools.partial(decode_attention, scale=1.0, implementation="xla"))(**arrays)
+
+    def products(jaxpr: Any) -> Iterator[Any]:
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                yield eqn.params["precision"]
+            for inner in jaxprs_in_params(eqn.params):
+                yield from products(inner)
+
+    assert list(products(program.jaxpr)) == [None if precision is None else (precision, precision)] * 2
+
+
+def test_the_default_device_is_the_one_that_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, devices = jax.devices("cpu")[0], jax.devices
+    tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5 lite")
+    monkeypatch.setattr(jax, "devices", lambda platform=None: devices(platform) if platform else [tpu])
+    assert default_device() == Device("tpu", "TPU v5 lite")
+    for chosen in (cpu, "cpu"):
+        with jax.default_device(chosen):
+            assert default_device() == Device("cpu", cpu.device_kind)
+            assert resolve("auto", CALL, default_device()) == "xla"
 
 
 @pytest.mark.parametrize(("implementation", "device", "chosen"), [

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from experiments import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 ME = "import os, signal, sys, time; me = int(os.environ['JAX_PROCESS_ID'])\n"
@@ -73,13 +77,45 @@ def test_signals_reach_every_process(tmp_path: Path) -> None:
         assert child.returncode == 0 and sorted(out.splitlines()) == [f"[{i}] told {int(number)}" for i in range(2)]
 
 
+@pytest.mark.parametrize("failure", ["no second process", "a signal"])
+def test_what_goes_wrong_between_two_starts_leaves_no_process(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[subprocess.Popen[bytes]] = []
+    start = launch._start
+
+    def start_badly(*arguments: Any) -> subprocess.Popen[bytes]:
+        if children and failure == "no second process":
+            raise BlockingIOError(errno.EAGAIN, "no process is free")
+        children.append(start(*arguments))
+        if failure == "a signal" and len(children) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return children[-1]
+
+    def unhandled(number: int, frame: object) -> None:
+        raise AssertionError("this would have ended the launcher")
+
+    monkeypatch.setattr(launch, "_start", start_badly)
+    before = signal.signal(signal.SIGTERM, unhandled)
+    arguments = ["--processes", "3", "--", sys.executable, "-c", "import time; time.sleep(1000)"]
+    try:
+        if failure == "a signal":
+            assert launch.main(arguments) == 128 + signal.SIGTERM and len(children) == 3
+        else:
+            with pytest.raises(BlockingIOError):
+                launch.main(arguments)
+        assert [child.poll() for child in children] == [-signal.SIGTERM] * len(children)
+        assert signal.getsignal(signal.SIGTERM) is unhandled
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for child in children:
+            with child:  # closes its pipes
+                child.kill()
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--processes", "2"], "must follow `--`"),
     (["--processes", "2", "--", "experiments.train"], "command='experiments.train': is not there; a module is started"),
     (["--processes", "0", "--", "python"], "processes=0: must be at least 1"),
 ])
 def test_what_cannot_be_started_is_refused(arguments: list[str], message: str) -> None:
-    from experiments.launch import main
-
     with pytest.raises(ValueError, match=message):
-        main(arguments)
+        launch.main(arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import logging
@@ -52,6 +54,45 @@ def test_resuming_tells_each_step_once_and_loses_nothing(tmp_path: Path) -> None
     dropped = (tmp_path / "metrics.dropped.jsonl").read_text().splitlines()
     assert dropped == ['{"step": 30, "loss": 30.0}', '{"step": 40, "loss": 40.0}', '{"step": 50, "lo']
     assert not (tmp_path / "metrics.jsonl.tmp").exists()
+
+
+def test_a_line_that_the_disk_refuses_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    """A file that takes ten bytes more: then a whole line, or nothing of it."""
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(10, {"loss": 1.0})
+        size, file = writer.path.stat().st_size, writer._file
+
+        def write(data: bytes) -> int:
+            left = size + 10 - writer.path.stat().st_size
+            if left <= 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return file.write(data[:left])
+
+        writer._file = mock.Mock(wraps=file, write=write)
+        with pytest.raises(OSError, match="the metrics of step 20 were not written: No space left") as caught:
+            writer.write(20, {"loss": 2.0})
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(writer.path))
+        writer._file = file
+        writer.write(30, {"loss": 3.0})
+    assert [line["step"] for line in lines(writer.path)] == [10, 30]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_ends_the_events_of_tensorboard_and_nothing_else(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
+    with caplog.at_level(logging.WARNING, "mfa_jax"), MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0})
+        assert writer._events is not None
+        records = writer._events._writer._py_recordio_writer
+        records._writer.close()
+        records._writer = full = Path("/dev/full").open("wb")
+        for step in range(2, 30):
+            writer.write(step, {f"value {i}": 1.0 for i in range(20)})
+        with contextlib.suppress(OSError):  # what it still holds
+            full.close()
+    assert caplog.text.count("no TensorBoard events from step 2 on (No space left on device)") == 1
+    assert len(lines(writer.path)) == 29
 
 
 def test_a_process_that_is_not_the_first_writes_nothing(tmp_path: Path) -> None:

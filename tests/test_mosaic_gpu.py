@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -157,7 +158,7 @@ def test_lengths_outside_the_cache_are_those_of_a_shard() -> None:
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=12)
 def test_any_shape_equals_the_loop(data: st.DataObject) -> None:
-    S = 4 * data.draw(st.integers(16, 40))
+    S = 8 * data.draw(st.integers(8, 20))
     call = call_of(
         data.draw(st.sampled_from(["mfa", "mfa_kr"])), data.draw(st.sampled_from(["rope", "alibi"])),
         data.draw(st.sampled_from([jnp.bfloat16, jnp.int8])), S=S, T=data.draw(st.integers(1, 8)),
@@ -270,6 +271,17 @@ def test_every_case_lowers_for_a_gpu_or_says_why_not(name: str) -> None:
         assert len(re.findall(r"custom_call @mosaic_gpu_v2", lowered(arrays).mlir_module())) == 2
 
 
+@pytest.mark.parametrize("name", ["MFA 64x256", "MFA-KR 64x256 int8"])
+@pytest.mark.parametrize(("S", "whole_tiles"), [(200, True), (204, False), (205, False)])
+def test_a_cache_of_whole_tiles_lowers_and_no_other(name: str, S: int, whole_tiles: bool) -> None:
+    case = CASES[name]
+    lower = export(jax.jit(functools.partial(aot_gpu.kernel, case)), platforms=["cuda"],
+                   disabled_checks=[DisabledSafetyCheck.custom_call("mosaic_gpu_v2")])
+    assert ("multiple of 8" in str(mosaic_gpu.obstacle(case.call(S), H100))) == (not whole_tiles)
+    with contextlib.nullcontext() if whole_tiles else pytest.raises((ValueError, AssertionError)):
+        lower(case.arguments(4, S, jax.ShapeDtypeStruct))
+
+
 @pytest.mark.parametrize(("changes", "device", "reason"), [
     ({}, Device("cpu"), "runs on NVIDIA GPUs, and this is cpu"),
     ({}, Device("gpu", "NVIDIA A100-SXM4-80GB", 8.0, 108), "compute capability 9.0, and NVIDIA A100-SXM4-80GB has 8.0"),
@@ -278,8 +290,9 @@ def test_every_case_lowers_for_a_gpu_or_says_why_not(name: str) -> None:
     ({"cache_dtype": jnp.dtype("float32")}, H100, "reads caches of bfloat16, int8 or float8_e4m3fn, not float32"),
     ({"H": 80, "h": 80}, H100, "multiples of 64, not keys of 80 and values of 80"),
     ({"H": 640, "h": 640}, H100, "averages values up to 512 wide, not 640"),
-    ({"S": 60}, H100, "S=60 must be a multiple of 4 and at least 64"),
-    ({"S": 8190}, H100, "S=8190 must be a multiple of 4 and at least 64"),
+    ({"S": 60}, H100, "S=60 must be a multiple of 8 and at least 64"),
+    ({"S": 8190}, H100, "S=8190 must be a multiple of 8 and at least 64"),
+    ({"S": 204}, H100, "S=204 must be a multiple of 8 and at least 64"),
     ({"H": 320, "h": 320, "rope": True}, H100, "turns keys up to 256 wide, not 320"),
 ])
 def test_a_call_that_it_cannot_serve_is_named(changes: dict[str, Any], device: Device, reason: str) -> None:

@@ -121,6 +121,40 @@ def test_collectives_by_kind_bytes_and_mesh_axis(kind: str, crossed: tuple[str, 
     assert chips.bytes_sent(kind, nbytes, n) == sent
 
 
+@pytest.mark.parametrize(("rows", "buffer"), [(2048, 8192), (8192, 2048)])
+def test_a_ragged_exchange_counts_the_rows_that_a_device_has(rows: int, buffer: int) -> None:
+    """On the way there the buffer has room for the worst case, on the way back the rows have; the smaller is 8192
+    bytes."""
+    text = f"""ENTRY %main (a: s32[]) -> s32[] {{
+  %a = bf16[{rows},2]{{1,0}} parameter(0)
+  %b = bf16[{buffer},2]{{1,0}} parameter(1)
+  %c = s32[4]{{0}} parameter(2)
+  ROOT %r = bf16[{buffer},2] ragged-all-to-all(%a, %b, %c, %c, %c, /*index=5*/%c), replica_groups={{{{0,1,2,3}}}}
+}}
+"""
+    found = costs.count(hlo.parse(text))
+    ((collective, times),) = found.collectives
+    assert (collective.kind, collective.nbytes, times, collective.group) == ("all-to-all", 8192, 1, (0, 1, 2, 3))
+    assert chips.bytes_sent(collective.kind, collective.nbytes, 4) == 6144
+    assert found.nbytes == 2 * 8192, "it fills the buffer in place"
+
+
+def test_of_grouped_products_the_rows_of_a_balanced_router_count() -> None:
+    """Arrays with room for 1024 rows on each of 4 devices of the axis `expert`, of 2 experts each."""
+    text = """ENTRY %main (a: s32[]) -> s32[] {
+  %s = s32[3]{0} parameter(0)
+  %x = bf16[1024,64]{1,0} parameter(1)
+  %w = bf16[2,64,32]{2,1,0} parameter(2)
+  %gmm.1 = bf16[1024,32]{1,0} custom-call(%s, %x, %w), custom_call_target="tpu_custom_call"
+  ROOT %tgmm.1 = bf16[2,64,32]{2,1,0} custom-call(%s, %x, %gmm.1), custom_call_target="tpu_custom_call"
+}
+"""
+    for shards in (1, 4):
+        found = costs.count(hlo.parse(text), expert_shards=shards)
+        assert found.flops == 2 * 2 * 1024 // shards * 64 * 32
+        assert found.nbytes == 2 * (12 + 2 * (1024 // shards * (64 + 32) + 2 * 64 * 32))
+
+
 @pytest.mark.parametrize(("text", "group"), [
     ("channel_id=1, replica_groups={{0,2},{1,3}}, use_global_device_ids=true", (0, 2)),
     ("replica_groups=[2,4]<=[8], dimensions={0}", (0, 1, 2, 3)),
@@ -334,6 +368,10 @@ REQUEST = ("--model", "tiny-mfa", "--topology", "v5e:2x2", "--mesh", "fsdp=2,ten
     ({"mesh": "fsdp=two"}, "fsdp must have a number"),
     ({"mesh": "fsdp=0"}, "fsdp=0: must be at least 1"),
     ({"batch_tokens": 2000}, "batch_tokens=2000: must be a multiple of seq=256"),
+    ({"vocab_size": 0}, "vocab_size=0: must be at least 1"),
+    ({"cache_dtype": "int8"}, "cache_dtype='int8': must be left out: a training step reads none"),
+    ({"decode": True, "remat": "dots"}, "remat='dots': must be left out: decoding reads none"),
+    ({"decode": True, "accumulate": 2}, "accumulate=2: must be left out: decoding reads none"),
 ])
 def test_bad_input_names_what_would_be_accepted(changed: dict[str, object], message: str) -> None:
     request: dict[str, object] = {"model": "tiny-mfa", "topology": "v5e:2x2", "batch_tokens": 2048, "seq": 256}

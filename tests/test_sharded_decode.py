@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
@@ -14,7 +15,10 @@ import pytest
 from mfa_jax import axes
 from mfa_jax.attention.cached import Serving, cached_attention
 from mfa_jax.cache import Cache, KeyCache, KVCache, SharedKVCache, allocate
+from mfa_jax.kernels import IMPLEMENTATIONS, xla
+from mfa_jax.kernels.decode import Backend
 from mfa_jax.kernels.sharded import LAYOUTS, ROW_AXES, choose
+from mfa_jax.positions import rope_table, rotate
 
 B, N, S, C = 8, 8, 16, 8
 CACHES: dict[str, Any] = {
@@ -117,11 +121,66 @@ def test_rows_are_split_by_the_axes_that_split_a_batch() -> None:
     assert choose({"data": 2, "fsdp": 2, "expert": 2}, N=8, B=8, K=1, S=64).rows == ("data", "fsdp", "expert")
 
 
-@pytest.mark.parametrize(("layout", "shape", "message"), [
-    ("rows", {"B": 8, "S": 64}, "layout='rows': must be one of auto, heads, batch, sequence"),
-    ("batch", {"B": 6, "S": 64}, "layout='batch': needs one key head, heads N=8 and rows B=6"),
-    ("sequence", {"B": 8, "S": 63}, "layout='sequence': needs one key head, heads N=8 and positions S=63"),
+@pytest.mark.parametrize(("layout", "sizes", "shape", "message"), [
+    ("rows", (1, 4), {}, "layout='rows': must be one of auto, heads, batch, sequence"),
+    ("batch", (1, 4), {"B": 6}, "layout='batch': needs one key head, heads N=8 and rows B=6"),
+    ("sequence", (1, 4), {"S": 63}, "layout='sequence': needs one key head, heads N=8 and positions S=63"),
+    ("sequence", (4, 2), {"S": 66}, "layout='sequence': needs one key head, heads N=8 and positions S=66"),
+    ("sequence", (4, 1), {"S": 63}, "layout='sequence': needs positions S=63 that divide over {'data': 2,"),
+    ("heads", (1, 4), {"N": 6}, "layout='heads': needs heads N=6 that divide over {'data': 2,"),
+    ("heads", (1, 4), {"N": 12, "K": 6}, "layout='heads': needs heads N=12 that divide over {'data': 2, 'context': 1, "
+     "'tensor': 4}, and one key head or such that do, not K=6; use auto"),
 ])
-def test_a_layout_that_cannot_split_says_why(layout: str, shape: dict[str, int], message: str) -> None:
+def test_a_layout_that_cannot_split_says_why(
+    layout: str, sizes: tuple[int, int], shape: dict[str, int], message: str
+) -> None:
+    mesh = {"data": 2, "context": sizes[0], "tensor": sizes[1]}
+    wanted = {"B": 8, "N": 8, "K": 1, "S": 64, **shape}
     with pytest.raises(ValueError, match=re.escape(message)):
-        choose({"data": 2, "tensor": 4}, N=8, K=1, layout=layout, **shape)
+        choose(mesh, layout=layout, **wanted)
+    assert choose(mesh, **wanted).name in LAYOUTS, "auto does with what divides"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("K", [1, 6])
+def test_an_axis_of_one_device_splits_nothing_and_is_no_error(layout: str, K: int) -> None:
+    found = choose({"data": 2, "context": 1, "tensor": 1}, B=8, N=6, K=K, S=63, layout=layout)
+    assert (found.name, found.heads, found.sequence) == ("heads", (), ())
+
+
+@pytest.mark.parametrize(("layout", "sizes", "split"), [
+    ("heads", (2, 1, 1, 1, 4), False), ("batch", (2, 1, 1, 1, 4), False), ("sequence", (2, 1, 1, 1, 4), True),
+    ("heads", (1, 1, 1, 2, 4), True), ("auto", None, False)])
+def test_averages_are_rounded_by_the_backend_unless_they_are_merged(
+    monkeypatch: pytest.MonkeyPatch, layout: str, sizes: tuple[int, ...] | None, split: bool
+) -> None:
+    asked = []
+
+    def run(*args: Any, dtype: Any, **options: Any) -> Any:
+        asked.append(jnp.dtype(dtype))
+        out, lse = xla.decode_attention(*args, **options)
+        return out.astype(dtype), lse
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "rounds", Backend(run, takes_dtype=True))
+    q, cache, new, options = make("mfa", 1, "bfloat16")
+    q, serving = q.astype(jnp.bfloat16), Serving(decode="rounds", layout=layout)
+    wanted, _ = cached_attention(q, cache, new, serving=Serving(decode="xla"), **options)
+    with jax.set_mesh(axes.make_mesh(sizes)) if sizes else contextlib.nullcontext():
+        out, _ = jax.jit(lambda *a: cached_attention(*a, serving=serving, **options))(q, cache, new)
+    assert set(asked) == {jnp.dtype("float32" if split else "bfloat16")} and out.dtype == jnp.bfloat16
+    chex.assert_trees_all_close(out.astype(jnp.float32), wanted.astype(jnp.float32), atol=2**-7, rtol=2**-7)
+
+
+def test_a_row_past_the_end_sees_all_of_its_cache_under_jit() -> None:
+    """Where its length is known it is refused."""
+    q, cache, new, options = make("mfa_kr", 2, "float32")
+    past = cache.with_length(jnp.full(B, S + 3))
+    options |= {"serving": Serving(decode="xla")}
+    out, after = jax.jit(lambda *a: cached_attention(*a, **options))(q, past, new)
+    assert after.length.tolist() == [S + 5] * B and after.overflowed.all()
+    chex.assert_trees_all_equal(after.streams, past.streams)
+    turned = rotate(cache.k, *rope_table(jnp.arange(S), options["inv_freq"]))
+    p = jax.nn.softmax(options["scale"] * jnp.einsum("BTNC,BSC->BTNS", q, turned), axis=-1)
+    chex.assert_trees_all_close(out, jnp.einsum("BTNS,BSC->BTNC", p, cache.k), atol=2e-6, rtol=2e-6)
+    with pytest.raises(ValueError, match=rf"lengths=.*{S + 5}.*: must be in 0 .. {S}, the keys allocated"):
+        cached_attention(q, past, new, **options)

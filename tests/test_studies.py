@@ -254,39 +254,57 @@ def test_difference_is_welchs():
     mean, half = report.difference(left, right)
     interval = stats.ttest_ind(left, right, equal_var=False).confidence_interval(0.95)
     assert mean - half == pytest.approx(interval.low) and mean + half == pytest.approx(interval.high)
-    assert report.compared(left, right, 3)[1] == "lower" and report.compared(right, left, 3)[1] == "higher"
-    assert report.compared([1.0, 1.2], [1.1, 1.3], 2)[1] == "not told apart"
-    assert report.compared([1.0], [1.1, 1.2], 2) == ["-0.1500", "too few seeds"]
-    assert report.compared(left, right, 4) == [report.compared(left, right, 3)[0], "too few seeds"]
-    assert report.compared([], [1.1], 2)[1] == "none"
+
+
+def seeds_of(*losses: float, first: int = 0) -> list[Record]:
+    """One model's records of consecutive seeds with these losses on the test books."""
+    return [record_of(make_run(TINY, "a", model_preset("tiny-mfa"), 4e-3, first + i), loss - 0.01)
+            for i, loss in enumerate(losses)]
+
+
+def test_a_comparison_is_of_the_seeds_that_both_have():
+    left, right = [1.0, 1.2, 1.1], [1.5, 1.4, 1.6]
+    mean, half = report.difference(left, right)
+    both = stats.ttest_rel(left, right).confidence_interval(0.95)
+    cells = report.compared(seeds_of(*left), seeds_of(*right), 3)
+    assert cells == [f"{mean:+.4f} ± {half:.4f}", f"± {(both.high - both.low) / 2:.4f}", "lower"]
+    assert report.compared(seeds_of(*right), seeds_of(*left), 3)[2] == "higher"
+    assert report.compared(seeds_of(*left), seeds_of(*right, 7.0), 3) == cells
+    assert report.compared(seeds_of(*left), seeds_of(*right), 4) == [*cells[:2], "too few seeds"]
+    assert report.compared(seeds_of(1.0), seeds_of(1.1, 1.4), 2) == ["-0.1000", "", "too few seeds"]
+    assert report.compared(seeds_of(1.0, 1.2), seeds_of(1.1, 1.3), 2)[2] == "not told apart"  # pairs: always 0.1 apart
+    for others in ([], seeds_of(1.1, first=3)):
+        assert report.compared(others, seeds_of(1.0), 2) == ["", "", "none"]
+    diverged = [dataclasses.replace(record, outcome="diverged") for record in seeds_of(1.0)]
+    assert report.compared(diverged + seeds_of(1.2, first=1), seeds_of(1.1, 1.3), 2)[2] == "too few seeds"
 
 
 def test_starts_are_compared_with_the_default_alone(tmp_path):
     found = [record for record in all_done("key_reuse_start") if record.labels["name"] in ("small", "MFA")]
     text = key_reuse_start.section(found, tmp_path)
-    assert re.search(r"^\| small \|[^|]*\|[^|]*\|  \| none \|", text, re.M)
+    assert re.search(r"^\| small \|[^|]*\|[^|]*\|  \|  \| none \|", text, re.M)
 
 
 def test_variants_are_compared_under_each_encoding_that_both_have(tmp_path):
     found = [record for record in all_done("positions") if record.labels["name"] != "mla none"]
-    losses = {name: report.values(report.at_best_rate(runs)) for name, runs in report.groups(found).items()}
+    chosen = {name: report.at_best_rate(runs) for name, runs in report.groups(found).items()}
     text = positions.section(found, tmp_path)
     for encoding in positions.ENCODINGS:
-        mean, verdict = report.compared(losses[f"mfa-kr {encoding}"], losses[f"mfa {encoding}"], 2)
-        assert f"| mfa-kr - mfa, {encoding} | {mean} | {verdict} |" in text
+        cells = " | ".join(report.compared(chosen[f"mfa-kr {encoding}"], chosen[f"mfa {encoding}"], 2))
+        assert f"| mfa-kr - mfa, {encoding} | {cells} |" in text
     assert "| mfa - mla, alibi |" in text and "| mfa - mla, none |" not in text
     assert positions.models(TINY)["mla rope-10000"].position == PositionConfig("rope", base=10000.0)
 
 
 def test_shapes_are_compared_with_the_papers(tmp_path):
     found = all_done("factorization")
-    shapes = {name: report.values(report.at_best_rate(runs)) for name, runs in report.groups(found).items()}
+    shapes = {name: report.at_best_rate(runs) for name, runs in report.groups(found).items()}
     first, *others = shapes
     text = factorization.section(found, tmp_path)
     for name in others:
         cells = " | ".join(report.compared(shapes[name], shapes[first], 2))
         assert re.search(rf"^\| {name} \|.*\| {re.escape(cells)} \|$", text, re.M)
-    assert re.search(rf"^\| {first} \|.*\|  \|  \|$", text, re.M) and f"against {first}" in text
+    assert re.search(rf"^\| {first} \|.*\|  \|  \|  \|$", text, re.M) and f"against {first}" in text
 
 
 def test_a_spike_is_a_jump_above_what_was_before_it():
@@ -322,8 +340,7 @@ def test_a_power_law_is_fitted_to_one_point_a_size():
 
 
 def test_the_best_width_says_whether_it_is_told_apart_from_the_next():
-    run = make_run(TINY, "a", model_preset("tiny-mfa"), 1e-3, 0)
-    one, two, four = ([record_of(run, loss) for loss in losses] for losses in ((9.0, 9.1), (3.0, 3.1), (2.9, 3.1)))
+    one, two, four = (seeds_of(*losses) for losses in ((9.0, 9.1), (3.0, 3.1), (2.9, 3.1)))
     chosen = {"mfa, C = H": {32: one}, "mfa": {32: two}, "mfa, C = 4H": {32: four}}
     assert scaling.best_width(chosen, 32, 2) == "mfa, C = 4H (against mfa: not told apart)"
     chosen["mfa, C = 4H"] = {32: one}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import time
 import types
 from pathlib import Path
@@ -249,7 +250,8 @@ def test_what_a_device_has_to_give_is_asked_of_one_of_this_process(
     monkeypatch.setattr(jax, "set_mesh", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(loop, "require_divisible_batch", lambda *_: None)
     monkeypatch.setattr(parts.Parts, "build", lambda *_: mock.Mock(memory=Memory(1, 1, 1, 1, 1, 1)))
-    monkeypatch.setattr(Checkpoints, "restore", mock.Mock(side_effect=jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")))
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    monkeypatch.setattr(Checkpoints, "restore", mock.Mock(side_effect=error))
     with pytest.raises(DeviceMemoryError, match=r"2.00 GiB is what it has to give"):
         train_on_one(config_for(tmp_path / "run", corpus))
 
@@ -259,6 +261,37 @@ def test_a_step_that_does_not_compile_for_its_memory_says_so() -> None:
     with pytest.raises(DeviceMemoryError, match=r"needs 20.00 GiB of each device, and 15.75 GiB is what it has"), \
             explaining_memory(TrainConfig(), jax.devices()[0]):
         raise DoesNotFitError(refusal)
+
+
+OF_A_DEVICE = (
+    "Ran out of memory on HBM, the total memory required for HLO temporaries (32.00G) exceeds available HBM (15.75G).",
+    "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.03G of 15.75G hbm.",
+    "Error allocating device buffer: Attempting to allocate 15.65G. That was not possible.; (0x0x0_HBM0)",
+    "Attempting to reserve 6.48G at the bottom of memory. That was not possible.",
+    "Out of memory allocating 1125899906842624 bytes.",
+    "Out of memory while trying to allocate 4770354232 bytes.",
+    "Failed to allocate request for 176.00MiB (184549376B) on device ordinal 0",
+    ": CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+)
+ON_THE_CHIP = (
+    "Allocation (size=268435456) would exceed memory (size=134217728) :: #allocation2 [shape = 'f32[65536,1024]', "
+    "space=vmem, size = 0x10000000, scoped, tag = 'scratch operand'] :: vm.1",
+    "Ran out of memory in memory space vmem while allocating on stack for %gmm.1.",
+    "Scoped allocation with size 20.00M and limit 16.00M exceeded scoped vmem limit by 4.00M.",
+    "Shared memory size limit exceeded: requested 300000, available: 232448",
+)
+
+
+@pytest.mark.parametrize("text", [*OF_A_DEVICE, *ON_THE_CHIP])
+def test_what_a_kernel_lacks_on_the_chip_is_no_lack_of_device_memory(text: str) -> None:
+    """As the compilers and runtimes for TPU, CPU and GPU put it, while compiling and while running."""
+    error = jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}")
+    lowered = mock.Mock(compile=mock.Mock(side_effect=error))
+    with pytest.raises(DoesNotFitError if text in OF_A_DEVICE else jax.errors.JaxRuntimeError, match=re.escape(text)):
+        compile_program(lowered, "cpu", 1)
+    with pytest.raises(DeviceMemoryError if text in OF_A_DEVICE else jax.errors.JaxRuntimeError), explaining_memory(
+            TrainConfig(), jax.devices()[0], Memory(1, 1, 1, 1, 1, 1)):
+        raise error
 
 
 def test_other_errors_stay_what_they_are() -> None:

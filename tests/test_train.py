@@ -19,14 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from flax import linen as nn
 
 from mfa_jax import axes
 from mfa_jax.attention import mfa
 from mfa_jax.attention.core import attend
 from mfa_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mfa_jax.data import ByteTokenizer, load_tokenizer
 from mfa_jax.model.transformer import Transformer, init_params
-from mfa_jax.train import loop, parts, run
+from mfa_jax.train import loop, parts, run, starting
 from mfa_jax.train.loop import NonFiniteError, train
 from mfa_jax.train.losses import batch_loss
 from mfa_jax.train.metrics import MetricsWriter
@@ -268,6 +270,37 @@ def test_not_a_number_stops_with_step_and_leaf_and_keeps_the_checkpoint(
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(jax.device_get(trained.params)))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("choice", ["stop", "continue"])
+def test_a_full_disk_for_metrics_does_what_it_does_for_checkpoints(
+    choice: str, straight: tuple[TrainConfig, loop.TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lines 2 and 3 go to a full disk, 4 and 6 to one with room again."""
+    config = dataclasses.replace(straight[0], workdir=str(tmp_path), on_save_failure=choice)
+    written = MetricsWriter.write
+
+    def write(self: MetricsWriter, step: int, values: dict) -> None:
+        file = self._file
+        with Path("/dev/full").open("ab", buffering=0) as full:
+            self._file = full if step < 4 else file
+            try:
+                written(self, step, values)
+            finally:
+                self._file = file
+
+    monkeypatch.setattr(MetricsWriter, "write", write)
+    if choice == "stop":
+        with pytest.raises(OSError, match="metrics of step 2 were not written: No space left on device"):
+            train_on_one(config)
+        return
+    result = train_on_one(config)
+    assert result.step == 6 and result.metrics["lost_lines"] == 2
+    assert [(line["step"], line.get("lost_lines")) for line in metric_lines(tmp_path)] == [(4, 2), (6, 2)]
+    assert caplog.text.count("the metrics of step 2 were not written: No space left on device; the run goes on") == 1
+    assert "step 3 were" not in caplog.text, "one warning until there is room again"
+
+
 def test_watched_leaves_name_gradients_then_updates() -> None:
     assert watched_leaves({"a": 1, "b": {"c": 2}}) == [
         "gradient of a", "gradient of b/c", "update of a", "update of b/c"]
@@ -278,6 +311,8 @@ def test_watched_leaves_name_gradients_then_updates() -> None:
     ({"mesh": MeshConfig(data=3)}, r"mesh data=3, .* needs 3 devices, there are 4"),
     ({"data": DataConfig(source="/nonexistent/corpus", batch_size=8)}, r"nonexistent"),
     ({"model": dataclasses.replace(model_config("mfa"), vocab_size=100)}, r"vocab_size=100: must be at least 264"),
+    ({"model": dataclasses.replace(model_config("mfa"), param_dtype="bfloat16"), "ema_decay": 0.9},
+     "ema_decay=0.9: must be none with model.param_dtype=bfloat16"),
 ])
 def test_what_cannot_work_is_refused(changes: dict, message: str, corpus: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(config_for(tmp_path, corpus, mesh=MeshConfig()), **changes)
@@ -291,6 +326,33 @@ def test_another_model_in_the_same_workdir_is_refused(straight: tuple[TrainConfi
         train_on_one(other)
     with pytest.raises(ValueError, match=r"steps=4: the run in .* is at step 6 already"):
         train_on_one(dataclasses.replace(straight[0], steps=4))
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_or_not_at_all(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_for(tmp_path / "run", corpus)
+    before = starting.open_data(config)
+    def named(tokenizer: str) -> TrainConfig:
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+
+    assert starting.open_data(named("/no/longer/there")).meta == before.meta
+    assert "data.tokenizer='/no/longer/there' is not there; the run goes on with its own" in caplog.text
+    other = tmp_path / "tokenizer.json"
+    tokens = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "</s>": 1}, []))
+    tokens.save(str(other))
+    with pytest.raises(ValueError, match=r"tokenizer.json'?: is not the tokenizer of the run in .*; accepted: .*run"):
+        starting.open_data(named(str(other)))
+    (tmp_path / "run" / "tokenizer" / "mfa_tokenizer.json").unlink()  # as a save that was cut off leaves it
+    assert starting.open_data(config).meta == before.meta
+    assert load_tokenizer(tmp_path / "run" / "tokenizer").fingerprint == ByteTokenizer.fingerprint
+
+
+def test_a_trace_of_steps_that_are_not_run_is_told(
+    straight: tuple[TrainConfig, loop.TrainResult], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train_on_one(dataclasses.replace(straight[0], profile=(2, 3))).step == 6
+    assert "profile=(2, 3): no trace, the run goes from step 6 to 6" in caplog.text
 
 
 def test_reading_a_run_that_is_not_there(tmp_path: Path) -> None:

@@ -153,19 +153,38 @@ def difference(left: Sequence[float], right: Sequence[float]) -> tuple[float, fl
     return mean, float(stats.t.ppf(0.975, freedom) * math.sqrt(sum(parts)))
 
 
-def compared(left: Sequence[float], right: Sequence[float], seeds: int) -> list[str]:
-    """Two cells: the difference with its interval, and whether it tells the two apart.
+def paired(left: Sequence[float], right: Sequence[float]) -> float:
+    """Half width of the 95 % interval of the mean of `left - right`, one by one; infinite below two."""
+    if len(left) < 2:
+        return math.inf
+    apart = np.subtract(left, right)
+    return float(stats.t.ppf(0.975, len(apart) - 1) * np.std(apart, ddof=1) / math.sqrt(len(apart)))
 
-    Below `seeds` values a side, those that are planned, there is no verdict; without finished runs `none`. A seed that
-    diverged has no value, so there never is one then: the rest would flatter the side. The report names such runs.
+
+COMPARED = ("mean, 95 % interval", "paired by seed")
+"""Headers of the first two cells of `compared`."""
+
+
+def compared(left: Sequence[Record], right: Sequence[Record], seeds: int) -> list[str]:
+    """Three cells: the difference in bits per byte with its interval, that of pairs, and whether they are told apart.
+
+    Of the seeds that both have. One seed gives both the same batches, so that the spread of their difference may be
+    smaller than that of either, and from few seeds it may look so; the verdict goes by the first interval, always.
+    Below `seeds`, those that are planned, there is no verdict; without common ones `none`. A seed that diverged has no
+    value, so there never is one then: the rest would flatter the side. The report names such runs.
     """
-    if not left or not right:
-        return ["", "none"]
-    mean, half = difference(left, right)
-    cell = f"{mean:+.4f}" if math.isinf(half) else f"{mean:+.4f} ± {half:.4f}"
-    if min(len(left), len(right)) < seeds:
-        return [cell, "too few seeds"]
-    return [cell, "not told apart" if abs(mean) <= half else "lower" if mean < 0 else "higher"]
+    sides = [{r.labels["seed"]: r.metrics["test_bits_per_byte"] for r in side if r.outcome == "finished"}
+             for side in (left, right)]
+    common = sorted(sides[0].keys() & sides[1].keys())
+    if not common:
+        return ["", "", "none"]
+    mine, others = ([side[seed] for seed in common] for side in sides)
+    mean, half = difference(mine, others)
+    cells = [f"{mean:+.4f}", ""] if len(common) < 2 else [f"{mean:+.4f} ± {half:.4f}",
+                                                          f"± {paired(mine, others):.4f}"]
+    if len(common) < seeds:
+        return [*cells, "too few seeds"]
+    return [*cells, "not told apart" if abs(mean) <= half else "lower" if mean < 0 else "higher"]
 
 
 def planned_seeds(found: Sequence[Record]) -> int:

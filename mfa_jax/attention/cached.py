@@ -39,7 +39,8 @@ def cached_attention(
     that query i sees: the result and the new cache.
 
     Query t of row b stands at `i = cache.length[b] + t` and sees `j <= i`. A row past the end of its cache sees all of
-    it. Where a mesh is set, the cache lies on it as `kernels.sharded.choose` says, before and after.
+    it under `jit`; a decode kernel that is given its length outside `jit` refuses it. Where a mesh is set, the cache
+    lies on it as `kernels.sharded.choose` says, before and after.
 
     Args:
       new: the tokens' entry of each stream, `[B, *K, T, W]`. Where the cache has one stream, keys serve as values: as
@@ -49,7 +50,8 @@ def cached_attention(
       segments: must be None.
 
     Raises:
-      ValueError: more tokens than the cache holds; a layout that can't split this cache.
+      ValueError: more tokens than the cache holds, or, of at most `MAX_QUERIES`, than a row has room for where its
+        length is known; a layout that can't split this cache.
       NotImplementedError: segments; a named implementation that can't serve this call.
     """
     if segments is not None:

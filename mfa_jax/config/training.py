@@ -11,6 +11,11 @@ from mfa_jax.config.checks import require, require_positive
 from mfa_jax.config.model import ModelConfig
 
 
+def _require_folder(config: DataConfig | TrainConfig, name: str) -> None:
+    place = getattr(config, name)
+    require("://" not in (place or ""), name, place, "must be a folder; a bucket can be mounted as one")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes batches."""
@@ -35,10 +40,12 @@ class DataConfig:
     separate_documents: bool = True
     """Documents packed in one row do not see each other."""
     seed: int = 0
-    """Seed of the shuffle."""
+    """Seed of the shuffle, below 2^32."""
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0 .. 2^32 - 1")
+        _require_folder(self, "prepared")
         require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "must be at least 2")
         require(0 <= self.held_out < 1, "held_out", self.held_out, "must be in [0, 1)")
         for name in ("source", "held_out_source"):
@@ -103,16 +110,16 @@ class OptimizerConfig:
     """Learning rates by group of parameters, and what is frozen."""
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
+        require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "must be positive and finite")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "must not be negative")
         require(self.schedule_steps is None or self.schedule_steps > self.warmup_steps, "schedule_steps",
                 self.schedule_steps, f"must exceed warmup_steps={self.warmup_steps}, or none")
         require(0 <= self.final_fraction <= 1, "final_fraction", self.final_fraction, "must be in [0, 1]")
         require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "must be in (0, 1]")
-        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "must be 0 or positive")
         require(0 <= self.b1 < 1, "b1", self.b1, "must be in [0, 1)")
         require(0 <= self.b2 < 1, "b2", self.b2, "must be in [0, 1)")
-        require(self.eps > 0, "eps", self.eps, "must be positive")
+        require(0 < self.eps < math.inf, "eps", self.eps, "must be positive and finite")
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm,
                 "must be positive, or none")
 
@@ -172,9 +179,10 @@ class TrainConfig:
     """One training run."""
 
     workdir: str = "runs/default"
-    """Folder of everything the run writes; an existing run there is resumed."""
+    """Folder of everything the run writes; an existing run there is resumed. A bucket can be mounted as one."""
     preset: str | None = None
-    """Name of the preset to take the model from."""
+    """Name of the preset to take the model from: by the flag, or by a file that has no `model`. In code it is a name
+    and no more: give `model` with it."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -193,7 +201,7 @@ class TrainConfig:
     z_loss: float = 0.0
     """Weight of the squared log-partition in the loss (1e-4 keeps logits from drifting)."""
     ema_decay: float | None = None
-    """Decay of an exponential moving average of the weights, kept beside them; None for none."""
+    """Decay of an exponential moving average of the weights, kept beside them, which must be float32; None for none."""
     log_every: int = 10
     """Steps between two lines of metrics."""
     eval_every: int = 100
@@ -205,8 +213,9 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """How many of the latest checkpoints stay; the one with the lowest held-out loss stays besides."""
     on_save_failure: Literal["stop", "continue"] = "stop"
-    """What a checkpoint that cannot be written (disk full, ...) does to the run: it stops, or it goes on, tells, and
-    tries again at the next (in a run of one process); the save at the end of a run must succeed either way."""
+    """What a checkpoint, or a line of metrics, that cannot be written (disk full, ...) does to the run: it stops, or it
+    goes on, tells, and tries again at the next (in a run of one process); the save at the end of a run must succeed
+    either way."""
     compilation_cache: str | None = None
     """Folder where compiled programs are kept, so that the next start need not compile: worth it wherever runs are
     restarted. It is trusted like code, grows without bound, and serves one kind of device and version of JAX. None
@@ -218,8 +227,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_positive(self, "steps", "accumulate", "log_every", "eval_batches", "save_every", "keep_checkpoints")
         require(bool(self.workdir), "workdir", self.workdir, "must name a folder")
+        _require_folder(self, "workdir")
         require(self.eval_every >= 0, "eval_every", self.eval_every, "must not be negative")
-        require(self.z_loss >= 0, "z_loss", self.z_loss, "must not be negative")
+        require(0 <= self.z_loss < math.inf, "z_loss", self.z_loss, "must be 0 or positive")
         require(self.distillation is None or self.z_loss == 0, "z_loss", self.z_loss,
                 "must be 0 with distillation, where the teacher's logits hold those of the model")
         same = self.initial is not None and os.path.abspath(self.initial) == os.path.abspath(self.workdir)

@@ -180,7 +180,7 @@ def _key(path: Any) -> str:
 
 
 def _check(tensors: Mapping[str, Any], table: Mapping[str, Source], abstract: Any) -> None:
-    """Raises unless the tensors are those of the model, all of them and no others."""
+    """Raises unless the tensors are those of the model, all of them and no others; says all that is wrong with them."""
     expected: dict[str, tuple[int, ...]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         source = table[_key(path)]
@@ -192,15 +192,18 @@ def _check(tensors: Mapping[str, Any], table: Mapping[str, Source], abstract: An
         require(equal(tensors[head], tensors[embed]), "tie_word_embeddings", True,
                 f"must be false, {head} differs from {embed}")
         found.remove(head)
-    missing, extra = set(expected) - found, found - set(expected)
-    require(not missing, "checkpoint", shorten(f"{name} {expected[name]}" for name in missing),
-            "these tensors are missing")
-    require(not extra, "checkpoint", shorten(f"{name} {tuple(tensors[name].get_shape())}" for name in extra),
-            "the model of config.json has no such tensors")
-    for name, shape in expected.items():
-        stored = tuple(tensors[name].get_shape())
-        transposed = " (it is transposed)" if stored == shape[::-1] else ""
-        require(stored == shape, name, stored, f"config.json asks for shape {shape}{transposed}")
+    stored = {name: tuple(tensors[name].get_shape()) for name in found}
+    wrong = {
+        "missing": [f"{name} {shape}" for name, shape in expected.items() if name not in found],
+        "left over": [f"{name} {stored[name]}" for name in found - set(expected)],
+        "of another shape": [
+            f"{name} {stored[name]} instead of {shape}" + " (it is transposed)" * (stored[name] == shape[::-1])
+            for name, shape in expected.items() if name in found and stored[name] != shape],
+    }
+    require(not any(wrong.values()), "checkpoint",
+            "; ".join(f"{what}: {shorten(names)}" for what, names in wrong.items() if names),
+            "must hold the tensors of the config's model, all of them and no others")
+    for name in expected:
         if tensors[name].get_dtype() not in _STORED_TYPES:
             raise NotImplementedError(f"{name} is stored as {tensors[name].get_dtype()}; only "
                                       f"{', '.join(_STORED_TYPES)} can be read")

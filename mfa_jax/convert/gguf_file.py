@@ -42,6 +42,8 @@ _PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
     "llama-bpe": [pre_tokenizers.Split(Regex(_WORDS % r"\p{N}{1,3}"), "isolated"), _BYTES],
     "qwen2": [pre_tokenizers.Split(Regex(_WORDS % r"\p{N}"), "isolated"), _BYTES],
 }
+# Rules whose words are looked up in the vocabulary before any merge.
+_WHOLE_WORDS_FIRST = ("llama-bpe",)
 _CONTROL, _USER_DEFINED = 3, 4
 
 
@@ -52,7 +54,7 @@ class Tensor:
         """Args: the reader's tensor, and the heads whose rows it keeps in pairs (see `_half_split`)."""
         self._tensor = tensor
         self._shape = [int(size) for size in reversed(tensor.shape)]
-        self._rows = None if heads is None else _half_split(self._shape[0], heads)
+        self._heads = heads
 
     def get_shape(self) -> list[int]:
         return self._shape
@@ -63,18 +65,21 @@ class Tensor:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         first, *rest = index if isinstance(index, tuple) else (index,)
-        data = self._tensor.data[first if self._rows is None else self._rows[first]]
+        # Not before it is read: a tensor of another shape, whose rows these heads don't divide, is refused by then.
+        rows = first if self._heads is None else _half_split(self._shape[0], self._heads)[first]
         # Blocks of a quantized type lie along the last axis, so that rows can be taken before it is unpacked.
-        return np.asarray(_gguf().dequantize(data, self._tensor.tensor_type), np.float32)[(slice(None), *rest)]
+        data = _gguf().dequantize(self._tensor.data[rows], self._tensor.tensor_type)
+        return np.asarray(data, np.float32)[(slice(None), *rest)]
 
 
 def open_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[tuple[float, ...], ...] | None]:
     """The values of a `config.json`, the tensors, and the rope frequencies of each layer where the file gives factors.
 
     Raises:
-      ValueError: not a GGUF file, or a value is missing.
-      NotImplementedError: another architecture, a type that `gguf` cannot dequantise, or a rope scaling that ours
-        lacks; or the package `gguf` is not installed.
+      ValueError: not a GGUF file, or one that is cut short; or a value is missing.
+      NotImplementedError: a part of a split file, another architecture, layers of different sizes, a type that `gguf`
+        cannot dequantise, a rope scaling that ours lacks, or rope on a part of each head; or the package `gguf` is not
+        installed.
     """
     reader = _reader(path)
     values = _config(reader)
@@ -87,7 +92,8 @@ def open_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[tuple[f
             factors = np.asarray(tensor.data, np.float64)
             continue
         _require_readable(tensor)
-        kind = tensor.name.split(".")[2] if tensor.name.startswith("blk.") else ""
+        parts = tensor.name.split(".")
+        kind = parts[2] if parts[0] == "blk" and len(parts) > 2 else ""
         tensors[_hf_name(tensor.name)] = Tensor(tensor, heads.get(kind) if rotated else None)
     return values, tensors, None if factors is None else _frequencies(values, factors)
 
@@ -96,26 +102,46 @@ def read_tokenizer(path: Path) -> HuggingFaceTokenizer:
     """The byte-level BPE tokenizer in a file.
 
     Raises:
-      ValueError: not a GGUF file, or one without a tokenizer.
-      NotImplementedError: another kind of tokenizer, or rules before BPE that are not known here.
+      ValueError: not a GGUF file, or one that is cut short; or tokens, their types or merges are missing or don't
+        belong together.
+      NotImplementedError: a part of a split file, another kind of tokenizer, or rules before BPE that are not known
+        here.
     """
     reader = _reader(path)
     kind, rules = (_value(reader, f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind != "gpt2" or rules not in _PRE_TOKENIZERS:
         raise NotImplementedError(f"tokenizer.ggml.model={kind!r}, pre={rules!r}: only byte-level BPE (gpt2) with the "
                                   f"rules {', '.join(_PRE_TOKENIZERS)} can be rebuilt; give the tokenizer.json")
-    tokens = _value(reader, "tokenizer.ggml.tokens")
-    merges = [tuple(pair.split(" ")) for pair in _value(reader, "tokenizer.ggml.merges")]
-    tokenizer = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokens, merges, kinds = (_value(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "token_type"))
+    # Without types llama.cpp guesses from the spelling which tokens are special.
+    for name, found in (("tokens", tokens), ("merges", merges), ("token_type", kinds)):
+        require(found is not None, f"tokenizer.ggml.{name}", None, "is missing from the file; give the tokenizer.json")
+    require(len(kinds) == len(tokens), "tokenizer.ggml.token_type", f"{len(kinds)} types",
+            f"must have one for each of {len(tokens)} tokens")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(
+        vocabulary, _merges(merges, vocabulary), ignore_merges=rules in _WHOLE_WORDS_FIRST))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[rules])
     tokenizer.decoder = decoders.ByteLevel()
-    kinds = _value(reader, "tokenizer.ggml.token_type")
     tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)
                           for token, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _USER_DEFINED)])
-    special = {name: tokens[i] for name in ("eos", "bos")
-               if (i := _value(reader, f"tokenizer.ggml.{name}_token_id")) is not None}
-    return HuggingFaceTokenizer(tokenizer.to_str().encode(), str(path), special.get("eos"), special.get("bos"),
-                                _value(reader, "tokenizer.chat_template"))
+    special: dict[str, int] = {}
+    for name in ("eos", "eot", "bos"):  # the end of a document, of a turn in a chat, and the beginning
+        if (i := _value(reader, f"tokenizer.ggml.{name}_token_id")) is not None:
+            require(0 <= i < len(tokens), f"tokenizer.ggml.{name}_token_id", i, f"must be below {len(tokens)} tokens")
+            special[name] = i
+    eos, bos = (tokens[special[name]] if name in special else None for name in ("eos", "bos"))
+    return HuggingFaceTokenizer(tokenizer.to_str().encode(), str(path), eos, bos,
+                                _value(reader, "tokenizer.chat_template"),
+                                [special[name] for name in ("eos", "eot") if name in special])
+
+
+def _merges(merges: list[str], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    pairs = [(left, right) for left, _, right in (pair.partition(" ") for pair in merges)]
+    for left, right in pairs:
+        require({left, right, left + right} <= vocabulary.keys(), "tokenizer.ggml.merges", f"{left} {right}",
+                "must be two tokens that together are a third, all in tokenizer.ggml.tokens")
+    return pairs
 
 
 def _gguf() -> Any:
@@ -130,22 +156,48 @@ def _reader(path: Path) -> Any:
     gguf = _gguf()
     require(path.is_file(), "checkpoint", str(path), "no such file")
     try:
-        return gguf.GGUFReader(path)
-    except ValueError as error:
-        raise ValueError(f"checkpoint={str(path)!r}: is not a GGUF file ({error})") from error
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"checkpoint={str(path)!r}: is not a GGUF file, or is cut short ({error})") from error
+    parts = _value(reader, "split.count") or 1
+    if parts > 1:
+        raise NotImplementedError(f"split.count={parts}: {path} is a part of a file; only whole ones can be read, "
+                                  f"llama-gguf-split --merge makes one")
+    return reader
 
 
-def _value(reader: Any, key: str, default: Any = None) -> Any:
+def _value(reader: Any, key: str) -> Any:
     field = reader.get_field(key)
-    return default if field is None else field.contents()
+    return None if field is None else field.contents()
+
+
+def _same_in_layers(reader: Any, key: str) -> Any:
+    """A value that a file may give once, or for each layer.
+
+    Raises:
+      NotImplementedError: it is not the same in all layers.
+    """
+    value = _value(reader, key)
+    if not isinstance(value, list):
+        return value
+    if len(set(value)) > 1:
+        raise NotImplementedError(f"{key}={value}: differs by layer; only files whose layers are alike can be read")
+    return value[0] if value else None
 
 
 def _config(reader: Any) -> dict[str, Any]:
     name = _value(reader, "general.architecture")
     if name not in _ARCHITECTURES:
         raise NotImplementedError(f"general.architecture={name!r}: only {', '.join(_ARCHITECTURES)} files can be read")
-    values = {ours: value for key, ours in _CONFIG_KEYS.items() if (value := _value(reader, f"{name}.{key}"))}
-    require("num_attention_heads" in values, f"{name}.attention.head_count", None, "is missing from the file")
+    values = {ours: value for key, ours in _CONFIG_KEYS.items() if (value := _same_in_layers(reader, f"{name}.{key}"))}
+    for key in ("attention.head_count", "embedding_length"):
+        require(isinstance(values.get(_CONFIG_KEYS[key]), int), f"{name}.{key}", values.get(_CONFIG_KEYS[key]),
+                "must be in the file, an integer")
+    head_dim = values.get("head_dim", values["hidden_size"] // values["num_attention_heads"])
+    rotated = _value(reader, f"{name}.rope.dimension_count")
+    if rotated not in (None, head_dim):
+        raise NotImplementedError(f"{name}.rope.dimension_count={rotated}: rope turns whole heads only, of "
+                                  f"{head_dim} dimensions here")
     if "rms_norm_eps" in values:  # stored in float32: 1e-05 is what 9.999999747378752e-06 was
         values["rms_norm_eps"] = float(str(np.float32(values["rms_norm_eps"])))
     if "head_dim" in values:
@@ -157,21 +209,22 @@ def _config(reader: Any) -> dict[str, Any]:
     return {
         "model_type": name, "num_key_value_heads": values["num_attention_heads"],
         "use_sliding_window": "sliding_window" in values, **values,
-        "vocab_size": int(names["token_embd.weight"].shape[1]),
+        "vocab_size": int(names["token_embd.weight"].shape[-1]),
         "tie_word_embeddings": "output.weight" not in names, "rope_scaling": _rope_scaling(reader, name),
     }
 
 
 def _rope_scaling(reader: Any, name: str) -> dict[str, Any] | None:
+    """As llama.cpp reads it: linear unless a type is named, by an older key's factor where the newer is missing."""
     settings = {key.removeprefix(f"{name}.rope.scaling."): _value(reader, key) for key in reader.fields
                 if key.startswith(f"{name}.rope.scaling.")}
-    kind, original = settings.pop("type", "none"), settings.pop("original_context_length", None)
-    factor = settings.pop("factor", None)
+    kind, original = settings.pop("type", "linear"), settings.pop("original_context_length", None)
+    factor = settings.pop("factor", _value(reader, f"{name}.rope.scale_linear"))
     settings.pop("finetuned", None)
     if settings or kind not in ("none", "linear", "yarn"):
         raise NotImplementedError(f"{name}.rope.scaling type={kind!r}, {settings}: only linear and yarn without "
                                   f"further settings can be read")
-    if kind == "none":
+    if kind == "none" or factor in (None, 0, 1):
         return None
     rope = {"rope_type": kind, "factor": factor}
     return rope if kind == "linear" else {**rope, "original_max_position_embeddings": original}
@@ -181,6 +234,9 @@ def _frequencies(values: Mapping[str, Any], factors: np.ndarray) -> tuple[tuple[
     """`base ** (-2 j / H) / factor_j`, the same for all layers: how files keep Llama 3.1's scaling."""
     for name in ("rope_theta", "num_hidden_layers"):
         require(name in values, name, None, "is missing from the file, which has factors of its rope frequencies")
+    if values["rope_scaling"] is not None:
+        raise NotImplementedError(f"rope_freqs.weight beside rope_scaling={values['rope_scaling']}: only one of them "
+                                  f"can be read")
     pairs = np.arange(len(factors), dtype=np.float64)
     row = values["rope_theta"] ** (-pairs / len(factors)) / factors
     return (tuple(row.astype(np.float32).tolist()),) * values["num_hidden_layers"]

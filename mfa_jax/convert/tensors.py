@@ -19,6 +19,7 @@ from mfa_jax.config import from_dict, load_json, require
 Merged = tuple[tuple[int, ...], ...]
 """For each axis of a stored tensor, the axes of our array that it is made of, outermost first."""
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_MOST = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +59,21 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     The files are those of `model.safetensors.index.json`, else `model.safetensors`, else every `*.safetensors`.
 
     Raises:
-      ValueError: no such file, one that cannot be read, or a name that two of them hold.
+      ValueError: no such file, one that cannot be read, a name that two of them hold, or an index that is broken or
+        puts a tensor in another file than it lies in.
     """
-    index, single = folder / INDEX, folder / SINGLE
-    if index.exists():
-        weight_map = from_dict(dict, load_json(dict, index).get("weight_map"), f"weight_map of {index.name}")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+    weight_map = _weight_map(folder / INDEX) if (folder / INDEX).exists() else {}
+    if weight_map:
+        files = sorted(set(weight_map.values()))
+    elif (folder / SINGLE).exists():
+        files = [SINGLE]
     else:
-        files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+        files = sorted(path.name for path in folder.glob("*.safetensors"))
     require(bool(files), "folder", str(folder), "must hold *.safetensors")
     tensors: dict[str, Any] = {}
-    for path in files:
+    misplaced: list[str] = []
+    for name_of_file in files:
+        path = folder / name_of_file
         try:
             file = stack.enter_context(safe_open(path, framework="numpy"))
         except (OSError, SafetensorError) as error:
@@ -76,7 +81,18 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         names = set(file.keys())
         require(not names & set(tensors), "checkpoint", str(path), f"holds {shorten(names & set(tensors))} once more")
         tensors.update((name, file.get_slice(name)) for name in names)
+        misplaced += [f"{name} in {weight_map[name]} (it lies in {name_of_file})" for name in names
+                      if weight_map.get(name, name_of_file) != name_of_file]
+    require(not misplaced, f"weight_map of {INDEX}", shorten(misplaced), "must name the file that a tensor lies in")
     return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    where = f"weight_map of {index.name}"
+    found = from_dict(dict, load_json(dict, index).get("weight_map"), where)
+    require(bool(found), where, found, "must name the file of each tensor")
+    return {name: from_dict(str, file, f"{where}: {name}") for name, file in found.items()}
 
 
 def write_tensors(
@@ -107,9 +123,9 @@ def write_tensors(
 
 
 def shorten(names: Iterable[str]) -> str:
-    """Some of many names, for a message."""
+    """Names, for a message: all of them, unless they are very many."""
     ordered = sorted(names)
-    return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
+    return ", ".join(ordered[:_MOST]) + (f" and {len(ordered) - _MOST} more" if len(ordered) > _MOST else "")
 
 
 def equal(left: Any, right: Any, rows: int = 4096) -> bool:

@@ -57,7 +57,8 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> d
         named = {key: value for key, value in given.items() if value is not None}
         (folder / "tokenizer_config.json").write_text(json.dumps(
             {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, **named}, indent=2))
-    return {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}
+    ends = list(tokenizer.stop_ids)
+    return {"eos_token_id": ends if len(ends) > 1 else ends[0], "bos_token_id": tokenizer.bos_id}
 
 
 def _bytes_as_bpe() -> tokenizers.Tokenizer:

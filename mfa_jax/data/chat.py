@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -45,24 +46,36 @@ def render(
     Args:
       messages: each with `role` and `content`.
       add_generation_prompt: end with what precedes an answer.
-      continue_last: end where the last message's content does, so that it can be gone on with.
+      continue_last: end where the last message's content does, so that it can be gone on with: with the blanks that
+        the content ends with where the template keeps them, without where it trims.
 
     Raises:
-      ValueError: no template, one that does not parse, or that refuses these messages.
+      ValueError: no template, one that does not parse, or that refuses these messages; nothing to be gone on with.
     """
     require(not (add_generation_prompt and continue_last), "continue_last", True,
             "the last message can't be gone on with after the prompt for the next one")
+    if not continue_last:
+        return _render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+    content = messages[-1]["content"] if messages else ""
+    require(bool(content.strip()), "messages", list(messages[-1:]),
+            "must end with a message that has content to go on with")
+    # Its blank goes where a template trims, and tells, as that of Hugging Face's mark does.
+    mark = f"Continue-{uuid.uuid4().hex} "
+    text = _render(tokenizer, [*messages[:-1], {**messages[-1], "content": content + mark}])
+    end = text.rfind(mark.strip())
+    kept = text[:end] if text.startswith(mark, end) else text[:end].rstrip()
+    require(end >= 0 and kept.rstrip().endswith(content.strip()), "messages", content,
+            "is changed by the template, and can't be continued")
+    return kept
+
+
+def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
     special = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token")}
     try:
-        text = _environment().from_string(chat_template(tokenizer)).render(
+        return _environment().from_string(chat_template(tokenizer)).render(
             messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None, documents=None, **special)
     except jinja2.TemplateError as error:
         raise ValueError(f"chat_template: {error}") from error
-    if not continue_last:
-        return text
-    content = messages[-1]["content"].strip()
-    require(content in text, "messages", messages[-1]["content"], "is changed by the template, and can't be continued")
-    return text[: text.rindex(content) + len(content)]
 
 
 def encode_rendered(tokenizer: Tokenizer, text: str) -> Int32[np.ndarray, " T"]:

@@ -218,16 +218,20 @@ def _two_sources(settings: Settings, held_out_source: str) -> Iterator[tuple[str
     """The texts of the held-out source with 0, then those of the source with 1; no text may be in both."""
     seen = set()
     for document in documents(held_out_source, settings.text_field):
-        seen.add(_hash(document.text))
+        seen.add(_digest(document.text, 16))
         yield document.text, 0.0
     for document in documents(settings.source, settings.text_field):
-        require(_hash(document.text) not in seen, "source", document.name,
+        require(_digest(document.text, 16) not in seen, "source", document.name,
                 f"is held out by held_out_source={held_out_source!r}; a document may be in one of them only")
         yield document.text, 1.0
 
 
 def _hash(text: str) -> float:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=6).digest()) / 2**48
+    return int.from_bytes(_digest(text, 6)) / 2**48
+
+
+def _digest(text: str, size: int) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=size).digest()
 
 
 def _hold_out(folder: Path, dtype: str, written: SplitSize, smallest: _Smallest) -> tuple[SplitSize, SplitSize]:

@@ -35,6 +35,7 @@ class SentencePieceTokenizer:
 
     FILE = "tokenizer.bin"
     eos_id = 2
+    stop_ids = (2, 1)
     bos_id = 1
 
     def __init__(self, content: bytes, where: str) -> None:
@@ -69,6 +70,9 @@ class SentencePieceTokenizer:
             parts.append(piece[1:] if previous == self.bos_id and piece.startswith(b" ") else piece)
             previous = i
         return b"".join(parts).decode("utf-8", errors="replace")
+
+    def special_id(self, text: str) -> int | None:
+        return {"<s>": self.bos_id, "</s>": self.eos_id}.get(text)
 
     def save(self, folder: str | Path) -> None:
         save_files(folder, "sentencepiece", self.fingerprint, {self.FILE: self._content})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from typing import Any
 from mfa_jax.config import require
 
 SAVED = "mfa_tokenizer.json"
-"""Written beside the files of a saved tokenizer: its kind and fingerprint."""
+"""Written beside the files of a saved tokenizer, as the last of them: its kind and fingerprint."""
 
 
 def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
@@ -26,16 +27,33 @@ def checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
     return checked
 
 
-def save_files(folder: str | Path, kind: str, fingerprint: str, files: dict[str, bytes], **more: str | None) -> None:
-    """Writes the files of a tokenizer, and what it is."""
+def save_files(folder: str | Path, kind: str, fingerprint: str, files: dict[str, bytes], **more: Any) -> None:
+    """Writes the files of a tokenizer, and what it is: each appears when it is complete, and `SAVED` as the last.
+
+    A folder without `SAVED` is one where that was cut off; it can be saved to again.
+
+    Raises:
+      ValueError: the folder cannot be written to.
+    """
     folder = Path(folder)
+    saved = json.dumps({"kind": kind, "fingerprint": fingerprint, **more}, indent=2).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        (folder / SAVED).write_text(json.dumps({"kind": kind, "fingerprint": fingerprint, **more}, indent=2))
+        for name, content in {**files, SAVED: saved}.items():
+            _write_whole(folder / name, content)
     except OSError as error:
         raise ValueError(f"tokenizer: cannot be saved to {str(folder)!r} ({error.strerror})") from error
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 def read_bytes(path: Path) -> bytes:

@@ -36,6 +36,11 @@ class Tokenizer(Protocol):
         """The end of a document."""
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends a text that a model writes: `eos_id`, and what else the tokenizer's files say does, as the end of a
+        turn."""
+
+    @property
     def bos_id(self) -> int | None:
         """The beginning of a document, None where the tokenizer has none."""
 
@@ -49,6 +54,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of some ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
 
+    def special_id(self, text: str) -> int | None:
+        """The special token that is spelt so, which `decode` leaves out; None where there is none."""
+
     def save(self, folder: str | Path) -> None:
         """Writes all that `load_tokenizer(folder)` needs to make the same tokenizer."""
 
@@ -58,6 +66,7 @@ class ByteTokenizer:
 
     vocab_size = 264
     eos_id = 256
+    stop_ids = (256,)
     bos_id = 257
     fingerprint = "bytes-1"
 
@@ -66,6 +75,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(i for i in checked_ids(ids, self.vocab_size) if i < 256).decode("utf-8", errors="replace")
+
+    def special_id(self, text: str) -> int | None:
+        return None  # They have no spelling.
 
     def save(self, folder: str | Path) -> None:
         save_files(folder, "bytes", self.fingerprint, {})
@@ -80,12 +92,16 @@ class HuggingFaceTokenizer:
     FILE = "tokenizer.json"
 
     def __init__(self, content: bytes, where: str, eos_token: str | None = None, bos_token: str | None = None,
-                 chat_template: str | None = None) -> None:
-        """Args: the bytes of the file, its name for messages, the special tokens (None: found by their names), and the
-        Jinja template that a chat is written with.
+                 chat_template: str | None = None, end_ids: Sequence[int] = ()) -> None:
+        """Args:
+          content: the bytes of the file.
+          where: its name, for messages.
+          eos_token, bos_token: the special tokens; None for the first of `end_ids`, or what is found by its name.
+          chat_template: the Jinja template that a chat is written with.
+          end_ids: what ends a text that the model writes, the end of a document or not.
 
         Raises:
-          ValueError: not a tokenizer, or no end-of-document token in its vocabulary.
+          ValueError: not a tokenizer, no end-of-document token in its vocabulary, or an id outside it.
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
@@ -97,29 +113,37 @@ class HuggingFaceTokenizer:
         self._content = content
         self.chat_template = chat_template
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.eos_token = _special(vocabulary, eos_token, END_TOKENS, "eos_token")
+        for i in end_ids:
+            require(self._tokenizer.id_to_token(i) is not None, "eos_token_id", i,
+                    f"must be a token of the vocabulary of {where}")
+        first = self._tokenizer.id_to_token(end_ids[0]) if end_ids else None
+        self.eos_token = _special(vocabulary, eos_token or first, END_TOKENS, "eos_token")
         self.bos_token = _special(vocabulary, bos_token, BEGIN_TOKENS, "bos_token")
         if self.eos_token is None:
             raise ValueError(f"tokenizer={where!r}: has no end-of-document token; give eos_token, "
                              f"or a tokenizer with one of {', '.join(END_TOKENS)}")
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.eos_id: int = vocabulary[self.eos_token]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos_id, *end_ids]))
         self.bos_id: int | None = None if self.bos_token is None else vocabulary[self.bos_token]
         self.fingerprint = hashlib.sha256(content + f"{self.eos_id}".encode()).hexdigest()
 
     @classmethod
     def from_file(cls, path: str | Path, eos_token: str | None = None,
                   bos_token: str | None = None) -> HuggingFaceTokenizer:
-        """Reads a file; special tokens not given come from `tokenizer_config.json` beside it, then from their names.
+        """Reads a file, and what lies beside it.
 
-        The chat template is that of `chat_template.jinja` beside it, or of `tokenizer_config.json`.
+        Special tokens not given come from `tokenizer_config.json`, then from their names; what else ends a text, from
+        `eos_token_id` of `generation_config.json`, or else of `config.json`; the chat template from
+        `chat_template.jinja`, or else from `tokenizer_config.json`.
         """
         path = Path(path)
         beside, template = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
         named = read_json(beside) if beside.exists() else {}
         chat = read_bytes(template).decode() if template.exists() else named.get("chat_template")
         return cls(read_bytes(path), str(path), eos_token or _token_text(named.get("eos_token")),
-                   bos_token or _token_text(named.get("bos_token")), chat if isinstance(chat, str) else None)
+                   bos_token or _token_text(named.get("bos_token")), chat if isinstance(chat, str) else None,
+                   _end_ids(path.parent))
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
@@ -139,9 +163,26 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(checked_ids(ids, self.vocab_size), skip_special_tokens=True)
 
+    def special_id(self, text: str) -> int | None:
+        return self._special_ids.get(text)
+
+    @functools.cached_property
+    def _special_ids(self) -> dict[str, int]:
+        return {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+
     def save(self, folder: str | Path) -> None:
         save_files(folder, "huggingface", self.fingerprint, {self.FILE: self._content},
-                   eos_token=self.eos_token, bos_token=self.bos_token, chat_template=self.chat_template)
+                   eos_token=self.eos_token, bos_token=self.bos_token, chat_template=self.chat_template,
+                   end_ids=list(self.stop_ids))
+
+
+def decode_after(tokenizer: Tokenizer, context: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of `ids` where they follow `context`: whether a space leads depends on it.
+
+    Args:
+      context: ids that end between two characters.
+    """
+    return tokenizer.decode([*context, *ids])[len(tokenizer.decode(context)):]
 
 
 class StreamDecoder:
@@ -174,7 +215,7 @@ class StreamDecoder:
         return text
 
     def _new_text(self) -> str:
-        return self._tokenizer.decode(self._shown + self._held)[len(self._tokenizer.decode(self._shown)):]
+        return decode_after(self._tokenizer, self._shown, self._held)
 
 
 def load_tokenizer(spec: str | Path, eos_token: str | None = None) -> Tokenizer:
@@ -213,7 +254,7 @@ def _load_saved(folder: Path) -> Tokenizer:
     elif saved.get("kind") == "huggingface":
         path = folder / HuggingFaceTokenizer.FILE
         tokenizer = HuggingFaceTokenizer(read_bytes(path), str(path), saved.get("eos_token"), saved.get("bos_token"),
-                                         saved.get("chat_template"))
+                                         saved.get("chat_template"), saved.get("end_ids", ()))
     else:
         raise ValueError(f"tokenizer={str(folder)!r}: kind={saved.get('kind')!r} in {SAVED}: "
                          f"must be one of bytes, huggingface, sentencepiece")
@@ -225,6 +266,16 @@ def _load_saved(folder: Path) -> Tokenizer:
 def _token_text(value: Any) -> str | None:
     """A special token of `tokenizer_config.json`: its text, or an object with it."""
     return value.get("content") if isinstance(value, dict) else value
+
+
+def _end_ids(folder: Path) -> list[int]:
+    """What ends a text, by the files of a checkpoint: none, one or several ids."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists() and (value := read_json(folder / name).get("eos_token_id")) is not None:
+            ids = value if isinstance(value, list) else [value]
+            require(all(type(i) is int for i in ids), "eos_token_id", value, f"of {folder / name} must be ids")
+            return ids
+    return []
 
 
 def _special(vocabulary: dict[str, int], given: str | None, names: tuple[str, ...], field: str) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
@@ -20,15 +22,15 @@ def complete_until(
     sampling: SamplingConfig, key: Key[Array, ""], *, max_new_tokens: int, batch_tokens: int = 4096, chunk: int = 16,
     cache_dtype: str | None = None, on_done: Callable[[int], object] = lambda _: None,
 ) -> list[str]:
-    """What follows each prompt, cut off before the first stop string, before the end token, or at the most tokens.
+    """What follows each prompt, cut off before the first stop string, before what ends a text, or at the most tokens.
 
     Prompts are sorted by length, and decoded in batches; a batch ends when each of its rows has. A prompt's text does
-    not depend on the others at temperature 0; above, its random numbers follow from its place in the batch.
+    not depend on the others: prompt i draws from `fold_in(key, i)`, so that equal prompts get texts of their own.
 
     Args:
       model: the model that `params` belong to, layers stacked.
       prompts: token ids, at least one each.
-      until: strings that end a text.
+      until: strings that end a text; one that spells a special token stands for that token, which leaves no text.
       max_new_tokens: at most so many tokens a text.
       batch_tokens: tokens that the caches of a batch hold; a longer row is a batch of its own.
       chunk: stop strings are looked for after so many tokens.
@@ -46,14 +48,18 @@ def complete_until(
         require(len(prompt) > 0, "prompts", f"number {i}", "must have at least one token")
         require_ids(prompt, model.config.vocab_size)
     texts = [""] * len(prompts)
+    special = [at for stop in until if (at := tokenizer.special_id(stop)) is not None]
+    stops = list(dict.fromkeys([*tokenizer.stop_ids, *special]))
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     while order:
         largest = largest_batch(bucket(len(prompts[order[0]]) + max_new_tokens), batch_tokens)
         members, order = order[:largest], order[largest:]
-        rows, lengths = _padded([prompts[i] for i in members], padded_batch(len(members), largest))
+        filled = [*members, *[members[-1]] * (padded_batch(len(members), largest) - len(members))]
+        rows, lengths = _padded([prompts[i] for i in filled])
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.array(filled))
         found = [""] * len(members)
-        for generated in stream(model, params, rows, lengths, sampling, key, max_new_tokens=max_new_tokens,
-                                stop_tokens=[tokenizer.eos_id], chunk=chunk, cache_dtype=cache_dtype):
+        for generated in stream(model, params, rows, lengths, sampling, keys, max_new_tokens=max_new_tokens,
+                                stop_tokens=stops, chunk=chunk, cache_dtype=cache_dtype):
             found, ended = _texts(generated, tokenizer, until, len(members))
             if all(ended):
                 break
@@ -63,12 +69,11 @@ def complete_until(
     return texts
 
 
-def _padded(prompts: Sequence[Sequence[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts `[size, T]` and their lengths; the last is repeated."""
-    filled = [*prompts, *[prompts[-1]] * (size - len(prompts))]
-    lengths = np.array([len(prompt) for prompt in filled], np.int32)
-    rows = np.zeros((size, lengths.max()), np.int32)
-    for row, prompt in zip(rows, filled, strict=True):
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts `[B, T]` and their lengths."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    rows = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
         row[: len(prompt)] = prompt
     return rows, lengths
 

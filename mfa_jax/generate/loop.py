@@ -59,20 +59,19 @@ def bucket(size: int) -> int:
 
 
 def generate(
-    model: Transformer, params: Any, prompts: Any, lengths: Any, sampling: SamplingConfig, key: Key[Array, ""], *,
+    model: Transformer, params: Any, prompts: Any, lengths: Any, sampling: SamplingConfig, key: Key[Array, "..."], *,
     max_new_tokens: int, stop_tokens: Any = (), capacity: int | None = None, cache_dtype: str | None = None,
 ) -> Generated:
     """Continues every row of `prompts`, in one compiled call.
 
-    The same arguments give the same tokens. Row b draws from `fold_in(key, b)`; what a row gets does not depend on the
-    other rows.
+    The same arguments give the same tokens; what a row gets does not depend on the other rows.
 
     Args:
       model: the model that `params` belong to (layers stacked, as training keeps them).
       prompts: token ids `[B, T]`, padded on the right with anything.
       lengths: tokens of each row's prompt, `[B]`, 1 .. T.
       sampling: how tokens are chosen.
-      key: a PRNG key.
+      key: a PRNG key, of which row b draws from `fold_in(key, b)`; or one for each row, `[B]`.
       max_new_tokens: at most so many tokens a row.
       stop_tokens: ids that end a row: one list for all rows, or a `[B, Z]` array with a list for each row, filled up
         with -1.
@@ -90,7 +89,7 @@ def generate(
 
 
 def stream(
-    model: Transformer, params: Any, prompts: Any, lengths: Any, sampling: SamplingConfig, key: Key[Array, ""], *,
+    model: Transformer, params: Any, prompts: Any, lengths: Any, sampling: SamplingConfig, key: Key[Array, "..."], *,
     max_new_tokens: int, stop_tokens: Any = (), capacity: int | None = None, cache_dtype: str | None = None,
     chunk: int = 4,
 ) -> Iterator[Generated]:
@@ -236,7 +235,7 @@ def _prefill(
 
 def read(
     model: Transformer, params: Any, caches: Any, tokens: Int[Array, "B T"], lengths: Int[Array, " B"],
-    stops: Int[Array, "B Z"], key: Key[Array, ""], seen: Bool[Array, "B V"] | None, *, sampling: SamplingConfig,
+    stops: Int[Array, "B Z"], key: Key[Array, "..."], seen: Bool[Array, "B V"] | None, *, sampling: SamplingConfig,
     buffer: int,
 ) -> _State:
     """Appends tokens to the caches, `lengths` of them in each row, and chooses the one after them: where `decode`
@@ -248,12 +247,13 @@ def read(
       buffer: tokens that there is room for in the output.
     """
     B, apply, start = len(tokens), _unrolled(model, params), cache_length(caches)
+    require(key.shape in ((), (B,)), "key", key.shape, f"must be one key of jax.random.key, or {B}, one for each row")
     hidden, caches = apply(tokens, cache=caches, method="hidden")
     caches = tuple(cache.with_length(start + lengths) for cache in caches)
     last_hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     empty = Generated(jnp.full((B, buffer), -1, jnp.int32), jnp.zeros((B,), jnp.int32), jnp.zeros((B, buffer)),
                       jnp.zeros((B,), bool))
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(B))
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(B))
     state = _State(caches, empty, jnp.zeros((B,), jnp.int32), jnp.int32(0), seen, keys, stops)
     return _choose(state, apply(last_hidden, method="logits"), sampling)
 

@@ -9,19 +9,28 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from mfa_jax.config import require
-from mfa_jax.data.tokenizers import StreamDecoder, Tokenizer
+from mfa_jax.data.tokenizers import StreamDecoder, Tokenizer, decode_after
 from mfa_jax.generate.loop import generate, stream
 from mfa_jax.generate.sampling import SamplingConfig
 from mfa_jax.model.transformer import Transformer
 
 
-def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+def encode_prompts(
+    tokenizer: Tokenizer, texts: Sequence[str], *, add_bos_token: bool = False
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Token ids of the texts, padded on the right, and the length of each.
 
+    Args:
+      add_bos_token: begin each with the tokenizer's begin token.
+
     Raises:
-      ValueError: a text without tokens.
+      ValueError: no texts, or one without tokens; no begin token where one is asked for.
     """
-    rows = [np.asarray(tokenizer.encode(text), np.int32) for text in texts]
+    require(len(texts) > 0, "texts", list(texts), "must be at least one")
+    require(not add_bos_token or tokenizer.bos_id is not None, "add_bos_token", add_bos_token,
+            "the tokenizer has no begin token")
+    begin = [tokenizer.bos_id] if add_bos_token else []
+    rows = [np.asarray([*begin, *tokenizer.encode(text)], np.int32) for text in texts]
     for text, row in zip(texts, rows, strict=True):
         require(row.size > 0, "prompt", text, "must have at least one token")
     lengths = np.array([row.size for row in rows], np.int32)
@@ -33,23 +42,24 @@ def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Int[np.n
 
 def complete(
     model: Transformer, params: Any, tokenizer: Tokenizer, texts: Sequence[str], sampling: SamplingConfig,
-    key: Key[Array, ""], *, stop_at_end: bool = True, **options: Any,
+    key: Key[Array, "..."], *, stop_at_end: bool = True, add_bos_token: bool = False, **options: Any,
 ) -> list[str]:
-    """What follows each text; `options` are those of `generate`."""
-    prompts, lengths = encode_prompts(tokenizer, texts)
-    stops = [tokenizer.eos_id] if stop_at_end else []
+    """What follows each text, up to one of the tokenizer's `stop_ids`; `options` are those of `generate`."""
+    prompts, lengths = encode_prompts(tokenizer, texts, add_bos_token=add_bos_token)
+    stops = tokenizer.stop_ids if stop_at_end else ()
     found = generate(model, params, prompts, lengths, sampling, key, stop_tokens=stops, **options)
-    return [tokenizer.decode(np.asarray(row)[:size].tolist())
-            for row, size in zip(found.tokens, np.asarray(found.lengths), strict=True)]
+    rows = zip(prompts, lengths, np.asarray(found.tokens), np.asarray(found.lengths), strict=True)
+    return [decode_after(tokenizer, prompt[:length].tolist(), row[:size].tolist())
+            for prompt, length, row, size in rows]
 
 
 def stream_text(
     model: Transformer, params: Any, tokenizer: Tokenizer, text: str, sampling: SamplingConfig, key: Key[Array, ""], *,
-    stop_at_end: bool = True, **options: Any,
+    stop_at_end: bool = True, add_bos_token: bool = False, **options: Any,
 ) -> Iterator[str]:
     """What follows the text, in pieces as they come; together they are `complete`'s result. `options`: `stream`'s."""
-    prompts, lengths = encode_prompts(tokenizer, [text])
-    stops = [tokenizer.eos_id] if stop_at_end else []
+    prompts, lengths = encode_prompts(tokenizer, [text], add_bos_token=add_bos_token)
+    stops = tokenizer.stop_ids if stop_at_end else ()
     decoder, shown = StreamDecoder(tokenizer, prompts[0].tolist()), 0
     for found in stream(model, params, prompts, lengths, sampling, key, stop_tokens=stops, **options):
         fresh = found.tokens[0, shown : found.lengths[0]]

@@ -57,7 +57,8 @@ _HOPPER = re.compile(r"NVIDIA (H100|H200|H800|H20|GH200)\b")
 
 
 def default_device() -> Device:
-    """Of the ambient mesh, whose devices may be compile-only; else the first of the default backend."""
+    """Of the ambient mesh, whose devices may be compile-only; else `jax.default_device`, where one is set (or the first
+    of a platform); else the first of the default backend."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.platform == "gpu":
         # An abstract device has no compute capability.
@@ -65,7 +66,9 @@ def default_device() -> Device:
         return Device("gpu", abstract.device_kind, capability, abstract.num_cores or 0)
     if abstract is not None:
         return Device(abstract.platform, abstract.device_kind)
-    device = jax.devices()[0]
+    config: Any = jax.config
+    chosen = config.jax_default_device
+    device = jax.devices(chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return Device(device.platform, device.device_kind)
     return Device(device.platform, device.device_kind, float(device.compute_capability), device.core_count)

@@ -69,9 +69,9 @@ def decode_attention(
       q: queries, already rotated to their positions where rope is used.
       k: `[B, S, H]` cached keys, or `[B, K, S, H]`: head n reads key head `n // (N / K)`. int8 and float8_e4m3fn with
         `k_scale`.
-      v: cached values, as `k` but of width h; None where the keys serve as values: as they are stored, their first
-        `value_width` elements.
-      lengths: valid keys of each row, 0 .. S.
+      v: cached values, as `k` and of its type, but of width h; None where the keys serve as values: as they are stored,
+        their first `value_width` elements.
+      lengths: valid keys of each row, 0 .. S, of a signed integer type.
       scale: what scores are multiplied by, usually `H ** -0.5`.
       rope: `[H / 2]` frequencies of keys that are stored before rope, in radians a token; None where no turn is due.
       alibi_slopes: `[N]`, a slope a head.
@@ -84,8 +84,8 @@ def decode_attention(
       `[B, T, N, h]` in the type of `q`; with `return_lse` a pair.
 
     Raises:
-      ValueError: shapes that do not fit together, lengths beyond S (where known), an 8-bit type without its scale or
-        another with one, an unknown implementation.
+      ValueError: shapes or types that do not fit together, lengths beyond S (where known), an 8-bit type without its
+        scale or another with one, an unknown implementation.
       NotImplementedError: T past `MAX_QUERIES`.
     """
     out, lse = averages(q, k, v, lengths, scale=scale, rope=rope, alibi_slopes=alibi_slopes, k_scale=k_scale,
@@ -162,6 +162,8 @@ def _check(
         raise ValueError(f"num_heads={N} is not a multiple of num_kv_heads={k.shape[1]}")
     S = k.shape[-2]
     _require(lengths.shape == (B,), "lengths.shape", lengths.shape, f"must be ({B},)")
+    _require(jnp.issubdtype(lengths.dtype, jnp.signedinteger), "lengths.dtype", str(lengths.dtype),
+             "must be a signed integer type: a query may stand before its row")
     if not isinstance(lengths, jax.core.Tracer):
         _require(bool((lengths >= 0).all()) and bool((lengths <= S).all()), "lengths", lengths.tolist(),
                  f"must be in 0 .. {S}, the keys allocated")
@@ -181,6 +183,8 @@ def _check(
         _require(shape == (k.shape[:-1] if quantized else None), f"{name}.shape", shape,
                  f"must be {k.shape[:-1]}: {array.dtype} has a scale a token" if quantized else
                  "must be None: only int8 and float8_e4m3fn have scales")
+    _require(v is None or v.dtype == k.dtype, "v.dtype", str(getattr(v, "dtype", None)),
+             f"must be {k.dtype}, as k: a cache has one type")
 
 
 def _require(condition: bool, field: str, value: object, accepted: str) -> None:

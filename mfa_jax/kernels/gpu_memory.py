@@ -20,6 +20,9 @@ MAX_STAGES = 6
 COLUMNS = 64
 """Of a tile that are cleared at once, in registers; what is widened at once is a multiple of it."""
 
+ROWS = 8
+"""Of a tile of the pattern in which TMA lays rows: what is fetched begins and ends with one, of a cache too."""
+
 PAIR = "pair"
 """Axis of the blocks of threads of a cluster."""
 _FETCHED = ("k", "v", "scales")
@@ -106,7 +109,7 @@ def swizzle(width: int, dtype: Any) -> int:
 
 def _tile(rows: int, width: int, dtype: Any, size: int, ring: int | None = None) -> Any:
     """A tile, or a ring of them, in the pattern of `size` bytes."""
-    transforms = (plgpu.TilingTransform((8, size // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(size))
+    transforms = (plgpu.TilingTransform((ROWS, size // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(size))
     return plgpu.SMEM((rows, width) if ring is None else (ring, rows, width), dtype, transforms=transforms)
 
 

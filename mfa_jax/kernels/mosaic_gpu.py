@@ -29,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Num
 
 from mfa_jax.kernels.calls import SCALED, Call, Device, default_device
-from mfa_jax.kernels.gpu_memory import PAIR, key_ring, rings, scratch, value_ring, with_stages
+from mfa_jax.kernels.gpu_memory import PAIR, ROWS, key_ring, rings, scratch, value_ring, with_stages
 from mfa_jax.kernels.gpu_merge import merge
 from mfa_jax.kernels.gpu_plan import BLOCK, OFFSETS, PART, TILE, Plan, Work, divide, make_plan, segment_of, segments_of
 from mfa_jax.kernels.gpu_roles import LOG2E, LSE_COLUMNS, average, fetch, prepare, score
@@ -82,8 +82,8 @@ def obstacle(call: Call, device: Device, interpret: bool = False) -> str | None:
         return f"takes widths that are multiples of {TILE}, not keys of {call.H} and values of {call.h}"
     if call.h > 2 * PART:
         return f"averages values up to {2 * PART} wide, not {call.h}"
-    if call.S < BLOCK or call.S % 4:
-        return (f"copies {BLOCK} tokens at a time, scales by whole 16 bytes: S={call.S} must be a multiple of 4 and at "
+    if call.S < BLOCK or call.S % ROWS:
+        return (f"copies {BLOCK} tokens at a time, in tiles of {ROWS}: S={call.S} must be a multiple of {ROWS} and at "
                 f"least {BLOCK}")
     if call.rope and call.H > PART:
         return f"turns keys up to {PART} wide, not {call.H}"

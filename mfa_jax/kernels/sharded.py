@@ -17,7 +17,6 @@ partial results, some ten times what `batch` exchanges, which is why rows come f
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,8 +63,8 @@ class Layout:
 def choose(sizes: Mapping[str, int], *, B: int, N: int, K: int, S: int, layout: str = "auto") -> Layout:
     """The layout of a cache of B rows, K key heads and S positions for N query heads on a mesh of such axis sizes.
 
-    Axes that do not divide what they would split are left out of it, and their devices compute the same, unless the
-    layout was named.
+    Axes that do not divide what they would split are left out of it, and their devices compute the same. A layout that
+    was named splits by all of `tensor`, and `sequence` by all of `context` too; an axis of one device splits nothing.
 
     Raises:
       ValueError: an unknown layout, or a named one that can't split this cache.
@@ -82,27 +81,30 @@ def choose(sizes: Mapping[str, int], *, B: int, N: int, K: int, S: int, layout: 
     context = (CONTEXT,) if c > 1 and S % c == 0 else ()
     heads = tensor if N % t == 0 and (K == 1 or K % t == 0) else ()
     whole = Layout("heads", rows, heads, rows, heads if K > 1 else (), context)
-    positions = math.prod(sizes[axis] for axis in context) * t
+    positions = t * (c if context or layout == "sequence" else 1)
     split = {
         "heads": whole,
         "batch": dataclasses.replace(whole, name="batch", cache_rows=rows + tensor),
         "sequence": dataclasses.replace(whole, name="sequence", sequence=context + tensor),
     }
     needs = {
-        "heads": (True, ""),
+        "heads": (heads == tensor,
+                  f"needs heads N={N} that divide over {dict(sizes)}, and one key head or such that do, not K={K}"),
         "batch": (K == 1 and heads == tensor and local_rows % t == 0,
                   f"needs one key head, heads N={N} and rows B={B} that divide over {dict(sizes)}, not K={K}"),
         "sequence": (K == 1 and heads == tensor and S % positions == 0,
                      f"needs one key head, heads N={N} and positions S={S} that divide over {dict(sizes)}, not K={K}"),
     }
     if t == 1:
-        return whole  # nothing to split, all layouts are the same
+        if layout == "sequence" and S % positions:
+            raise ValueError(f"layout={layout!r}: needs positions S={S} that divide over {dict(sizes)}; use auto")
+        return whole  # nothing else to split, all layouts are the same
     if layout == "auto":
-        order = ("heads",) if K > 1 else ("batch", "sequence", "heads")
-        layout = next(name for name in order if needs[name][0])
+        order = () if K > 1 else ("batch", "sequence")
+        return split[next((name for name in order if needs[name][0]), "heads")]
     able, need = needs[layout]
     if not able:
-        raise ValueError(f"layout={layout!r}: {need}; use heads")
+        raise ValueError(f"layout={layout!r}: {need}; use auto")
     return split[layout]
 
 
@@ -134,7 +136,9 @@ def decode_shard(
         first, second = jnp.split(q.astype(jnp.float32), 2, axis=-1)
         q = jnp.concatenate([first * jnp.cos(angle) - second * jnp.sin(angle),
                              second * jnp.cos(angle) + first * jnp.sin(angle)], axis=-1).astype(dtype)
-    out, lse = averages(q, k, v, lengths - start, alibi_slopes=alibi_slopes, rope=rope, **options)
+    # Partial results are merged before they are rounded.
+    out, lse = averages(q, k, v, lengths - start, alibi_slopes=alibi_slopes, rope=rope,
+                        dtype=jnp.float32 if layout.sequence else dtype, **options)
     if layout.sequence:
         top = lax.pmax(lse, layout.sequence)
         weight = jnp.exp(lse - jnp.where(jnp.isfinite(top), top, 0))

@@ -9,6 +9,10 @@ one multiplies by the trip counts. What it counts:
 - Bytes of collectives. The TPU compiler spreads one over a chain of fusions that all hold it, and counts once; a
   fusion called `all-reduce-scatter` keeps a part of a sum, and is a reduce-scatter.
 
+How many rows an expert gets only the data say. A router is taken to be balanced, so that each device of the axis
+`expert` gets as many rows as it has: a ragged all-to-all, whose buffers have room for the worst case on one side or the
+other, is an all-to-all of the smaller one, and of the rows of a grouped product those that are there count.
+
 Of a conditional the branch with the most FLOPs counts, of equal ones that with the most bytes.
 """
 
@@ -16,9 +20,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from mfa_jax.plan.flops import instruction_flops, is_kernel
+from mfa_jax.plan.flops import instruction_flops, is_grouped, is_kernel
 from mfa_jax.plan.groups import first_group
 from mfa_jax.plan.hlo import Computation, Instruction, Module, Shape
 
@@ -26,6 +30,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
          "iota", "opt-barrier", "add-dependency"}
 _SLICES = ("dynamic-slice", "gather", "slice")
+_RAGGED = "ragged-all-to-all"
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}
 """Instructions that write into their first operand, and which operand holds what is written."""
 
@@ -79,9 +84,14 @@ class Costs:
         return [(w.collective, w.times) for w in self.work if w.collective is not None]
 
 
-def count(module: Module, of: str | None = None) -> Costs:
-    """What a program does from its entry to its end, or in one run of the computation `of`."""
-    counter = _Counter(module)
+def count(module: Module, of: str | None = None, expert_shards: int = 1) -> Costs:
+    """What a program does from its entry to its end, or in one run of the computation `of`.
+
+    Args:
+      expert_shards: devices of the axis `expert`: a balanced router fills one in so many of the rows that a grouped
+        product has room for.
+    """
+    counter = _Counter(module, expert_shards)
     work = tuple(counter.of(module.computations[of or module.entry], 1))
     return Costs(work, tuple(dict.fromkeys(counter.loops)), tuple(dict.fromkeys(counter.kernels)))
 
@@ -101,8 +111,9 @@ def decode_loop(module: Module) -> str:
 
 
 class _Counter:
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, expert_shards: int) -> None:
         self.module = module
+        self.expert_shards = expert_shards
         self.loops: list[str] = []
         self.kernels: list[str] = []
 
@@ -135,8 +146,8 @@ class _Counter:
 
     def collectives(self, home: Computation, instruction: Instruction) -> Iterator[tuple[str, Collective]]:
         """Collectives of an instruction or in its fusion, each with the chain of fusions it belongs to."""
-        kind = instruction.opcode.removesuffix("-start").removeprefix("ragged-")
-        if kind in COLLECTIVES:
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in COLLECTIVES or kind == _RAGGED:
             chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
             scattered = home.name.startswith("all-reduce-scatter")
             yield (f"chain {chain[1]}" if chain else f"{home.name} {instruction.name}",
@@ -149,7 +160,7 @@ class _Counter:
 
     def flops(self, home: Computation, instruction: Instruction) -> Iterator[float]:
         """FLOPs of an instruction and of what is fused into it."""
-        found = instruction_flops(home, instruction)
+        found = instruction_flops(home, instruction, self.expert_shards)
         if found is None and is_kernel(instruction):
             self.kernels.append(re.sub(r"\.\d+$", "", instruction.name))
         yield found or 0.0
@@ -177,7 +188,13 @@ class _Counter:
             return 2 * _hbm(instruction.shapes)
         if instruction.opcode in _IN_PLACE:
             return 2 * _hbm(operands[_IN_PLACE[instruction.opcode]])
-        return sum(_hbm(shapes) for shapes in operands) + _hbm(instruction.shapes)
+        if instruction.opcode == _RAGGED:
+            return _ragged_bytes(operands) * sum(_hbm(shapes) > 0 for shapes in (operands[0], instruction.shapes))
+        whole = sum(_hbm(shapes) for shapes in operands) + _hbm(instruction.shapes)
+        if is_grouped(instruction):
+            rows = sum(_hbm(s for s in shapes if len(s.dims) == 2) for shapes in (*operands, instruction.shapes))
+            return whole - rows + rows // self.expert_shards
+        return whole
 
 
 def _weight(work: Iterable[Work]) -> tuple[float, int]:
@@ -233,12 +250,21 @@ def _fusion_written(inner: Computation, fusion: Instruction) -> int:
 # ---- collectives -----------------------------------------------------------------------------------------------
 
 
+def _ragged_bytes(operands: Sequence[tuple[Shape, ...]]) -> int:
+    """Of the rows that a device has, in a ragged all-to-all of a balanced router.
+
+    Its first two operands are these rows and the array that they are written into, one of which has room for the worst
+    case; the others are offsets and sizes.
+    """
+    return min(sum(s.nbytes for s in shapes) for shapes in operands[:2])
+
+
 def _collective(kind: str, home: Computation, instruction: Instruction) -> Collective:
     # The result of an asynchronous pair holds the source too; a reduction's source is as large as what is reduced.
     operands = home.operand_shapes(instruction)
-    if kind.startswith("ragged-"):
-        operands = operands[:1]  # the others are the buffer that it fills, offsets and sizes
     source = sum(s.nbytes for shapes in operands for s in shapes)
+    if kind == _RAGGED:
+        kind, source = "all-to-all", _ragged_bytes(operands)
     group = first_group(instruction.attributes)
     size = source * max(len(group), 1) if kind == "all-gather" else source
     name = re.search(r'op_name="([^"]*)"', instruction.attributes)

@@ -2,6 +2,9 @@
 
 A multiplication and an addition are two FLOPs; nothing else counts. The compiler does not look into a kernel, so those
 that our programs call have their formulas here.
+
+The kernels of grouped products work on the tiles of rows that are there. Where experts are split over X devices, their
+arrays have room for the rows of all (`dispatch`), and with a balanced router 1 / X of it is filled, which is counted.
 """
 
 from __future__ import annotations
@@ -16,18 +19,28 @@ import numpy as np
 from mfa_jax.plan.hlo import Computation, Instruction, Shape
 
 
-def instruction_flops(home: Computation, instruction: Instruction) -> float | None:
-    """FLOPs of one run of an instruction, without what is fused into it; None for what has no formula."""
+def instruction_flops(home: Computation, instruction: Instruction, expert_shards: int = 1) -> float | None:
+    """FLOPs of one run of an instruction, without what is fused into it; None for what has no formula.
+
+    Args:
+      expert_shards: devices that experts are split over.
+    """
     if instruction.opcode == "dot":
         return _dot_flops(home, instruction)
     if instruction.opcode == "convolution":
         return _convolution_flops(home, instruction)
-    return _kernel_flops(home, instruction) if is_kernel(instruction) else None
+    found = _kernel_flops(home, instruction) if is_kernel(instruction) else None
+    return found / expert_shards if found is not None and is_grouped(instruction) else found
 
 
 def is_kernel(instruction: Instruction) -> bool:
     """Whether it calls a Pallas kernel for TPUs."""
     return instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.attributes
+
+
+def is_grouped(instruction: Instruction) -> bool:
+    """Whether it calls the kernel of a grouped product or of the gradient of its matrices; rows are its 2-D arrays."""
+    return is_kernel(instruction) and re.match("t?gmm", instruction.name) is not None
 
 
 # ---- matrix products -------------------------------------------------------------------------------------------
@@ -97,7 +110,7 @@ def _decode(operands: Sequence[Shape], results: Sequence[Shape]) -> float:
 
 
 def _grouped(operands: Sequence[Shape], results: Sequence[Shape]) -> float:
-    """Each row with the matrix of its group; padding rows are counted."""
+    """Each row that there is room for with the matrix of its group."""
     rows = next(x for x in operands if len(x.dims) == 2)
     return 2.0 * rows.size * results[0].dims[-1]
 

@@ -3,8 +3,8 @@
 A predicted time is a bound and no measurement. Each instruction takes at least the longer of its FLOPs at the chip's
 peak and its bytes at the bandwidth of HBM; the collectives take at least their bytes on the links they cross
 (`chips.collective_seconds`). If all exchange hides behind the arithmetic the step takes the longer of the two sums, if
-none does their sum: `step_seconds` and `step_seconds_without_overlap`. Latency, what the vector unit computes, and
-matrix units that are not filled come on top.
+none does their sum: `step_seconds` and `step_seconds_without_overlap`. Latency, what the vector unit computes, matrix
+units that are not filled, and what a router that is not balanced (`costs`) makes some devices wait come on top.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def _plan(lowered: Any, start: float, flops: float, topology: Topology, mesh: Me
     if error is None:
         memory, compiler = memory_of(program), program.cost_analysis()
         module = hlo.parse(program.as_text())
-        prediction = predict(count(module, decode_loop(module) if in_loop else None), flops, topology, mesh)
+        costs = count(module, decode_loop(module) if in_loop else None, mesh.shape["expert"])
+        prediction = predict(costs, flops, topology, mesh)
     return Plan(
         topology=topology.name, mesh={axis: size for axis, size in mesh.shape.items() if size > 1}, fits=error is None,
         bytes_needed=error.needed if error else None, bytes_available=error.limit if error else None,

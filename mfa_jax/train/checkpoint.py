@@ -17,7 +17,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import jax
@@ -31,7 +30,6 @@ from mfa_jax.train.integrity import META, DamagedCheckpointError
 log = logging.getLogger(__name__)
 
 _UNFINISHED = re.compile(r"(\d+)\.orbax-checkpoint-tmp")
-_OS_ERROR_CODE = re.compile(r"os_error_code='(\d+)'")
 # On another mesh a process reads up to a chunk beside its own parts of an array.
 _SAVE = ocp.SaveArgs(chunk_byte_size=64 << 20)
 _T = TypeVar("_T")
@@ -71,37 +69,40 @@ class _Keep:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one folder; the only writer of it unless `read_only`.
+    """The checkpoints of one run, in one folder; the only writer of it, until it is closed, unless `read_only`.
 
     With several processes every method is called by all of them, on a folder that they share.
 
     Raises:
-      ValueError: `keep_last` below 1.
+      ValueError: `keep_last` below 1; a folder that another writer has open.
       CheckpointWriteError: the folder cannot be created or written to.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep_last: int = 3, read_only: bool = False) -> None:
         require(keep_last >= 1, "keep_last", keep_last, "must be at least 1")
-        name = os.fspath(folder)
-        self.folder = epath.Path(name if "://" in name else os.path.abspath(name))
+        self.folder = epath.Path(folder if "://" in os.fspath(folder) else os.path.abspath(folder))
         self.read_only = read_only
         self._metrics: dict[int, float] = {}
         self._saving = -1
-        if not read_only:
-            try:
-                processes.require_shared(self.folder)
-            except OSError as error:
-                raise CheckpointWriteError(error.errno, f"checkpoints cannot be written: {error.strerror}",
-                                           str(self.folder)) from error
-        # Directories made asynchronously: a read-only folder would block the process for five minutes at exit.
-        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
-            create=not read_only, preservation_policy=_Keep(keep_last, self._metrics),
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
-        if not read_only:  # each step is then a question to all processes
-            processes.require_same(f"steps in {self.folder}", str(self.steps()))
-        for step in [] if read_only else self.steps():
-            with contextlib.suppress(DamagedCheckpointError):  # told by whoever reads it
-                self._note_metric(step, self._document(step)["metric"])
+        with contextlib.ExitStack() as opened:
+            if not read_only:
+                try:
+                    processes.require_shared(self.folder)
+                    opened.enter_context(processes.sole_writer(self.folder))
+                except OSError as error:
+                    raise CheckpointWriteError(error.errno, f"checkpoints cannot be written: {error.strerror}",
+                                               str(self.folder)) from error
+            # Directories made asynchronously: a read-only folder would block the process for five minutes at exit.
+            self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
+                create=not read_only, preservation_policy=_Keep(keep_last, self._metrics),
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
+            opened.callback(self._manager.close)
+            if not read_only:  # each step is then a question to all processes
+                processes.require_same(f"steps in {self.folder}", str(self.steps()))
+            for step in [] if read_only else self.steps():
+                with contextlib.suppress(DamagedCheckpointError):  # told by whoever reads it
+                    self._note_metric(step, self._document(step)["metric"])
+            self._opened = opened.pop_all()
 
     def _note_metric(self, step: int, metric: float | None) -> None:
         self._metrics.pop(step, None)
@@ -133,6 +134,7 @@ class Checkpoints:
         """
         require(not self.read_only, "read_only", True, f"{self.folder} was opened for reading only")
         self.wait()
+        self._manager.reload()  # where files cannot be locked, another may have written
         latest = max(self.steps(), default=-1)
         require(step > latest, "step", step, f"must exceed the latest step {latest} in {self.folder}")
         integrity.require_trees(items, jax.Array, "items")
@@ -172,25 +174,22 @@ class Checkpoints:
             with contextlib.suppress(OSError):  # what is left of it takes the room of the next one
                 if jax.process_index() == 0:
                     (self.folder / f"{self._saving}.orbax-checkpoint-tmp").rmtree(missing_ok=True)
-            code = error.errno if isinstance(error, OSError) else None
-            found = _OS_ERROR_CODE.search(str(error))
-            code = code or (int(found[1]) if found else errno.EIO)
+            code = integrity.error_code(error) or errno.EIO
             reason = os.strerror(code) if code != errno.EIO else str(error)
             raise CheckpointWriteError(code, f"checkpoint of step {self._saving} was not written: {reason}",
                                        str(self.folder)) from error
 
     def close(self) -> None:
-        """Waits for the last save and frees the threads; raises `CheckpointWriteError` if it failed."""
+        """Waits for the last save, frees the threads and the folder; raises `CheckpointWriteError` if it failed."""
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._opened.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ---- reading ----
@@ -200,7 +199,7 @@ class Checkpoints:
 
         Raises:
           ValueError: `step` is not there.
-          DamagedCheckpointError: no checkpoint's meta data can be read.
+          DamagedCheckpointError: no checkpoint's meta data can be read; UnreadableCheckpointError: as in `restore`.
         """
         found = self._newest(lambda s: self._document(s)["meta"], step)
         return None if found is None else found[:2]
@@ -218,6 +217,7 @@ class Checkpoints:
         Raises:
           ValueError: `step` is not there; the checkpoint is of another architecture (leaves, found and expected).
           DamagedCheckpointError: none is intact, or `step` is not; every reason is told.
+          UnreadableCheckpointError: the disk or the network failed, which is no damage; nothing is moved.
         """
         integrity.require_trees(abstract, jax.ShapeDtypeStruct, "abstract")
         found = self._newest(lambda s: self._load(s, abstract), step)
@@ -272,11 +272,12 @@ class Checkpoints:
         try:
             return {name: handler.restore(self.folder / str(step) / name, args=ocp.args.StandardRestore(tree))
                     for name, tree in abstract.items()}
-        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # says nothing about the checkpoint
         except Exception as error:  # orbax raises ValueError, KeyError, FileNotFoundError, bare Exception
             reason = str(error).splitlines()[0][:200] if str(error) else ""
-            raise DamagedCheckpointError(f"cannot be read ({type(error).__name__}: {reason})") from error
+            raise integrity.unreadable(error, str(self.folder / str(step))) or DamagedCheckpointError(
+                f"cannot be read ({type(error).__name__}: {reason})") from error
         finally:
             handler.close()
 

@@ -13,7 +13,9 @@
   nothing of it                one process
 
 Who coordinates, how many there are and which one this is are then JAX's to find out. What looks like a cluster and
-cannot be joined is an error, never a run of its own.
+cannot be joined is an error, never a run of its own. Several slices of TPUs are joined, and then refused: a mesh lies
+on one (`axes.make_mesh`). MPI that is not Open MPI (PMI_SIZE) is not looked for; MFA_JAX_CLUSTER=mpi4py names it.
+Without that each process is a run of its own, and all but one are refused the workdir.
 """
 
 from __future__ import annotations

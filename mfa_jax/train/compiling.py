@@ -40,7 +40,8 @@ def memory_of(program: Any) -> Memory:
 
 
 class DoesNotFitError(Exception):
-    """A program that needs more memory than a device has, says its compiler.
+    """A program that needs more memory than a device has, says its compiler; what a kernel may take on the chip is no
+    part of that.
 
     Attributes:
       needed: bytes that the compiler counted, the whole of the program or its temporaries alone; None if it did not
@@ -69,6 +70,7 @@ def compile_program(lowered: Any, platform: str, devices: int) -> Any:
 
     Raises:
       DoesNotFitError: the program needs more memory than a device has.
+      JaxRuntimeError: what else the compiler says, such as of a kernel that needs more memory on the chip.
     """
     try:
         return lowered.compile(compiler_options=compiler_options(platform, devices))
@@ -120,8 +122,13 @@ def explaining_memory(config: TrainConfig, device: jax.Device, memory: Memory | 
         raise DeviceMemoryError(_explanation(config, error, needed, limit, parts)) from error
 
 
+_OF_A_DEVICE = re.compile(r"hbm|HBM|Out of memory|OUT_OF_MEMORY|Failed to allocate|Attempting to (allocate|reserve)")
+"""What XLA says of a device's own memory: the compiler for TPUs, then CPUs and GPUs, and TPUs as they run."""
+
+
 def _out_of_memory(error: Exception) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error)
+    """Of the device; memory on the chip (VMEM, SMEM, shared memory) is exhausted with the same code."""
+    return "RESOURCE_EXHAUSTED" in str(error) and _OF_A_DEVICE.search(str(error)) is not None
 
 
 def _explanation(config: TrainConfig, error: Exception, needed: int | None, limit: int | None, parts: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -22,11 +25,46 @@ RESERVED = (META, "metrics")
 Leaves = dict[str, list[Any]]
 """`[dtype, shape, checksum]` by the path of the leaf."""
 
+# What reading makes of a file that is gone, or that is looked for where damage says. Any other code is of the disk, the
+# network or this process.
+_DAMAGE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL})
+_CODE, _FILE = re.compile(r"os_error_code='(\d+)'"), re.compile(r'local file "([^"]+)"')  # as tensorstore tells them
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
 class DamagedCheckpointError(ValueError):
     """What a checkpoint holds cannot be read, or is not what was saved."""
+
+
+class UnreadableCheckpointError(OSError):
+    """A checkpoint could not be read for a reason that says nothing about what it holds (an I/O error, a stale handle,
+    no permission): `errno` and `filename` say which and where. Nothing was moved."""
+
+
+def error_code(error: BaseException | None) -> int | None:
+    """The code of the system call that failed, by an error or what caused it; None where none did."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if found := _CODE.search(str(error)):
+            return int(found[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def unreadable(error: Exception, place: str) -> UnreadableCheckpointError | None:
+    """What to raise where reading failed for a reason that is not damage; None where it is.
+
+    Args:
+      place: what was read, for where the error does not name the file.
+    """
+    code = error_code(error)
+    if code is None or code in _DAMAGE:
+        return None
+    file = error.filename if isinstance(error, OSError) else (_FILE.findall(str(error)) or [None])[-1]
+    return UnreadableCheckpointError(
+        code, f"a checkpoint cannot be read now ({os.strerror(code)}, errno {code}); that is not damage, and nothing "
+        f"was moved: start again, and where it lasts, move the step out of its folder", str(file or place))
 
 
 @jax.jit
@@ -74,15 +112,15 @@ def read_sealed(path: epath.Path) -> dict[str, Any]:
 
     Raises:
       DamagedCheckpointError: it is missing, is not JSON, or is not what was written.
+      UnreadableCheckpointError: it cannot be read, which says nothing about it.
     """
     try:
         document = json.loads(path.read_text())
         if document.pop("crc32", None) != sealed(document)["crc32"]:
             raise ValueError("checksum differs")
-    except PermissionError:
-        raise  # says nothing about the document
     except (OSError, ValueError, AttributeError) as error:
-        raise DamagedCheckpointError(f"meta data cannot be used ({type(error).__name__}: {error})") from error
+        raise unreadable(error, str(path)) or DamagedCheckpointError(
+            f"meta data cannot be used ({type(error).__name__}: {error})") from error
     return document
 
 

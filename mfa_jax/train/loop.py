@@ -31,6 +31,8 @@ from mfa_jax.train.step import TrainState, data_shard, require_divisible_batch, 
 
 log = logging.getLogger(__name__)
 
+_COUNTS = ("failed_saves", "lost_lines")
+
 
 class NonFiniteError(ArithmeticError):
     """A gradient or an update became NaN or infinite; the message names the step and the leaf."""
@@ -67,7 +69,7 @@ def train(
       ValueError: a config that cannot work (a batch that does not divide over the mesh, a vocabulary smaller than the
         tokenizer's, a workdir of another model, ...), named with its value; processes whose configs or data differ.
       NonFiniteError: a number that is not finite; the checkpoints are those from before.
-      CheckpointWriteError: a checkpoint could not be written; the earlier ones are intact.
+      OSError: a checkpoint (`CheckpointWriteError`) or the metrics could not be written, or a checkpoint not be read.
       DeviceMemoryError: a device ran out of memory; the message has what the compiled step needs.
     """
     goodput = Goodput()
@@ -106,8 +108,8 @@ def train(
             if restored is not None:
                 bar.print(f"resumed at step {start} from {checkpoints.folder}")
             loop = _Loop(config, parts, checkpoints, Feed(loader, mesh, goodput), writer, bar, goodput, known)
-            if restored is not None:  # failed saves are counted by start
-                loop.metrics |= {k: v for k, v in restored.meta["metrics"].items() if k != "failed_saves"}
+            if restored is not None:  # what could not be written is counted by start
+                loop.metrics |= {k: v for k, v in restored.meta["metrics"].items() if k not in _COUNTS}
             return loop.run(state, stop)
 
 
@@ -138,7 +140,8 @@ class _Loop:
         self.config, self.parts, self.checkpoints = config, parts, checkpoints
         self.feed, self.writer, self.bar, self.goodput = feed, writer, bar, goodput
         self.metrics: dict[str, Any] = {}
-        self.failed_saves = 0
+        self.failed_saves = self.lost_lines = 0
+        self.losing_lines = False
         # The closed form counts every gradient: with some of them left out there is no MFU.
         frozen = 0 in dataclasses.astuple(config.optimizer.rates)
         peak = None if frozen else peak_flops(parts.mesh.devices.flat[0])
@@ -148,7 +151,10 @@ class _Loop:
         self.peak = None if peak is None else peak * parts.mesh.size
 
     def run(self, state: TrainState, stop: Callable[[int], bool]) -> TrainResult:
-        with ProfileWindow(self.config.profile, Path(self.config.workdir) / "profile", self.goodput) as profile:
+        window, ahead = self.config.profile, (int(state.step), self.config.steps)
+        if window is not None and not range(max(window[0], ahead[0]), min(sum(window), ahead[1])):
+            log.warning("profile=%s: no trace, the run goes from step %d to %d", window, *ahead)
+        with ProfileWindow(window, Path(self.config.workdir) / "profile", self.goodput) as profile:
             step, saved, state = self._steps(state, stop, profile)
         if step > saved:
             self.bar.print(f"told to stop: saving step {step}")
@@ -166,7 +172,7 @@ class _Loop:
         config, step, saved = self.config, int(state.step), int(state.step)
         pending: dict[str, Any] | None = None
         if step == 0 and config.initial is not None and (before := self._evaluate(step, state)):
-            self.writer.write(step, before)
+            self._write(step, before)
         began, steps_timed = time.perf_counter(), 0
         while step < config.steps and not stop(step):
             profile.at(step, state)
@@ -190,7 +196,7 @@ class _Loop:
             evaluation = self._evaluate(step, state) if evaluate else {}
             self.metrics |= line | evaluation
             if line or evaluation:
-                self.writer.write(step, line | evaluation)
+                self._write(step, line | evaluation)
             if save and self._save(step, state, evaluation.get("eval_loss"), last=last):
                 saved = step
             began, steps_timed = time.perf_counter(), 0
@@ -210,8 +216,7 @@ class _Loop:
         rate = steps * self.config.data.batch_size * self.config.data.sequence_length / seconds
         values |= {"bits_per_byte": values["loss"] / math.log(2) / size.bytes_per_token, "tokens_per_second": rate,
                    "tokens_per_second_per_device": rate / self.parts.mesh.size, **self.goodput.metrics()}
-        if self.failed_saves:
-            values["failed_saves"] = self.failed_saves
+        values |= {name: count for name in _COUNTS if (count := getattr(self, name))}
         if self.peak is not None:
             values["mfu"] = rate * self.flops / self.peak
         self.bar.update(step, loss=values["loss"], tokens_per_second=rate)
@@ -223,6 +228,20 @@ class _Loop:
         if found:
             self.bar.print("  ".join([f"step {step}", *(f"{name} {value:.4f}" for name, value in found.items())]))
         return found
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        """Writes a line of metrics; what to do where that fails is the config's choice, as with checkpoints."""
+        try:
+            self.writer.write(step, values)
+            self.losing_lines = False
+        except OSError as error:
+            if self.config.on_save_failure == "stop":
+                raise
+            self.lost_lines += 1
+            if not self.losing_lines:  # once, until one is written again
+                log.warning("%s: %s; the run goes on without, and the next line that is written counts those that are "
+                            "lost", error.filename, error.strerror)
+            self.losing_lines = True
 
     def _save(self, step: int, state: TrainState, metric: float | None, *, last: bool) -> bool:
         """Starts a save, once the one before is written, and says whether it did; what to do where one fails is the

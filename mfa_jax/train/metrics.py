@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -63,35 +64,53 @@ class MetricsWriter:
                  tensorboard: bool = True) -> None:
         self.path = Path(workdir) / "metrics.jsonl"
         self._file: Any = None
-        self._events: Any = None
+        self._events: _Events | None = None
         if not enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_lines(self.path, start_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        # Unbuffered: what the disk refuses would be tried again with the next line, and where the file is closed.
+        self._file = self.path.open("ab", buffering=0)
         if tensorboard:
             self._events = _event_writer(self.path.parent / "tensorboard", start_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line and flushes it; numbers may be jax scalars. Lists of numbers (the tokens of each expert) go
-        to the line alone, not to TensorBoard.
+        """Appends one line; numbers may be jax scalars. Lists of numbers (the tokens of each expert) go to the line
+        alone, not to TensorBoard.
 
         Raises:
           ValueError: a value that is neither a scalar nor a string nor a list, or is called `step` or `nonfinite`.
-          OSError: the disk is full.
+          OSError: the line was not written (disk full, ...): nothing of it is in the file, and the next may be tried.
         """
         if self._file is None:
             return
         plain = {name: _plain(name, value) for name, value in values.items()}
         odd = {name: str(v) for name, v in plain.items() if isinstance(v, float) and not math.isfinite(v)}
         line = {"step": step, **plain, **dict.fromkeys(odd), **({"nonfinite": odd} if odd else {})}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._append(json.dumps(line, allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            raise OSError(error.errno, f"the metrics of step {step} were not written: {error.strerror}",
+                          str(self.path)) from error
         if self._events is not None:
-            for name, value in plain.items():
-                if not isinstance(value, (str, list)):
-                    self._events.add_scalar(name, value, step)
-            self._events.flush()
+            try:
+                self._events.write(step, {k: v for k, v in plain.items() if not isinstance(v, (str, list))})
+            except OSError as error:
+                log.warning("%s: no TensorBoard events from step %d on (%s); metrics.jsonl has all", self.path.parent,
+                            step, error.strerror)
+                self._events.close()
+                self._events = None
+
+    def _append(self, line: bytes) -> None:
+        """The whole line, or nothing of it."""
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._file.write(line):]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)
+            raise
 
     def close(self) -> None:
         if self._file is not None:
@@ -142,13 +161,45 @@ def _drop_lines(path: Path, start_step: int) -> None:
     fresh.replace(path)
 
 
-def _event_writer(folder: Path, start_step: int) -> Any:
+class _Events:
+    """TensorBoard events, written by the thread that calls: that of tensorboardX's `SummaryWriter` ends where the disk
+    is full, and whoever writes after that waits for it for ever.
+
+    Raises:
+      ImportError: tensorboardX is not installed.
+      OSError: the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        from tensorboardX import event_file_writer, summary  # an optional extra, looked for only where it is wanted
+        from tensorboardX.proto import event_pb2
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+        # What an earlier start told of later steps is no longer shown.
+        self._add(start_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Raises: OSError: the disk is full; what is in the file may then be cut off."""
+        for name, value in scalars.items():
+            self._add(step, summary=self._scalar(name, value))
+        self._writer.flush()
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._writer.write_event(self._event(step=step, wall_time=time.time(), **what))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what was written is on disk; of the rest it was told
+            self._writer.close()
+
+
+def _event_writer(folder: Path, start_step: int) -> _Events | None:
     try:
-        from tensorboardX import SummaryWriter  # an optional extra, looked for only where it is wanted
+        return _Events(folder, start_step)
     except ImportError:
         log.info("no TensorBoard events: tensorboardX is not installed (the tensorboard extra); metrics.jsonl has all")
         return None
-    return SummaryWriter(str(folder), purge_step=start_step + 1)
 
 
 class Progress:

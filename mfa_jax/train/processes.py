@@ -6,11 +6,13 @@ With one process each of these is what it is without others. None of it uses a d
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import logging
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -32,6 +34,9 @@ _PATIENCE_MS = 7 * 24 * 3600 * 1000  # preparing a corpus takes what it takes; a
 _STATUS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 _T = TypeVar("_T")
 _turn = itertools.count()
+
+LOCK = "lock"
+"""Name of the file that says who writes to a folder."""
 
 
 @contextlib.contextmanager
@@ -143,8 +148,49 @@ def require_shared(folder: epath.Path) -> None:
 
 
 @contextlib.contextmanager
+def sole_writer(folder: epath.Path) -> Iterator[None]:
+    """Inside, no other job writes to a folder: process 0 holds its lock, which ends with the process, however it ends.
+
+    Where files cannot be locked that is a warning, and nothing keeps others out.
+
+    Raises:
+      ValueError: another writer holds it: which, where that is known.
+      OSError: the lock file cannot be made.
+    """
+    mine = jax.process_index() == 0 and "://" not in os.fspath(folder)  # a bucket has no locks
+    with contextlib.ExitStack() as held:
+        leader_first(lambda: held.enter_context(_locked(folder / LOCK)) if mine else None)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: epath.Path) -> Iterator[None]:
+    # Unbuffered: what a full disk refuses would be tried again where the file is closed.
+    with open(path, "a+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(200).decode(errors="replace") or "another process"
+            raise ValueError(f"folder={str(path.parent)!r}: {holder} writes there; accepted: a folder that no other "
+                             f"run writes to, or this one once that has ended") from None
+        except OSError as error:  # by the file system
+            log.warning("%s: cannot be locked (%s), so nothing keeps a second run from writing there", path.parent,
+                        error.strerror)
+        with contextlib.suppress(OSError):  # a full disk: then it is not known who
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+
+
+@contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
-    """Notes SIGTERM and Ctrl-C in place of dying of them; a second Ctrl-C acts as it always does.
+    """Notes SIGTERM and Ctrl-C in place of dying of them; a second Ctrl-C acts as it always does, a second SIGTERM, as
+    some schedulers send it while the run saves, does nothing.
 
     Gives what to ask at each step whether to stop. Of several processes one that is told is enough: all of them, which
     must ask at every step, are then told to stop at the same one.
@@ -155,7 +201,8 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
         if together:  # JAX has taken SIGTERM, and lets all processes know
             os.kill(os.getpid(), signal.SIGTERM)
 

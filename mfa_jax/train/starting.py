@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,12 @@ from jax.sharding import Mesh
 
 from mfa_jax.config import DistillationConfig, GroupRates, TrainConfig, from_dict, require, to_dict
 from mfa_jax.data import Prepared, Tokenizer, load_tokenizer, prepare
+from mfa_jax.data.tokenizer_files import SAVED
 from mfa_jax.train import losses, processes, run
 from mfa_jax.train.checkpoint import Checkpoints
 from mfa_jax.train.losses import Teacher
+
+log = logging.getLogger(__name__)
 
 
 def require_startable(config: TrainConfig, checkpoints: Checkpoints, *, has_teacher: bool) -> None:
@@ -24,6 +28,10 @@ def require_startable(config: TrainConfig, checkpoints: Checkpoints, *, has_teac
     """
     require(has_teacher == (config.distillation is not None), "distillation", config.distillation,
             "must be given where a teacher is read, and only there; experiments.heal does both")
+    # Not a config's own check: what was trained so before can still be read.
+    require(config.ema_decay is None or config.model.param_dtype == "float32", "ema_decay", config.ema_decay,
+            f"must be none with model.param_dtype={config.model.param_dtype}, which would round away most of what a "
+            f"step adds to the average")
     found = checkpoints.read_meta()
     if found is not None:
         saved = from_dict(TrainConfig, found[1]["config"], f"{checkpoints.folder}/{found[0]}")
@@ -62,10 +70,21 @@ def _frozen(rates: GroupRates) -> list[str]:
 
 
 def _own_tokenizer(config: TrainConfig) -> tuple[Tokenizer, str]:
-    """The tokenizer of the run and its place. A run keeps its own: it goes on without the file it came from."""
-    saved = Path(config.workdir) / run.TOKENIZER
-    place = str(saved) if saved.exists() else config.data.tokenizer
-    return load_tokenizer(place), place
+    """The tokenizer of the run and its place. A run keeps its own: it goes on without the file it came from.
+
+    Raises:
+      ValueError: the config names another.
+    """
+    saved, named = Path(config.workdir) / run.TOKENIZER, config.data.tokenizer
+    if not (saved / SAVED).exists():
+        return load_tokenizer(named), named
+    own = load_tokenizer(saved)
+    if named == "bytes" or Path(named).expanduser().exists():
+        require(load_tokenizer(named).fingerprint == own.fingerprint, "data.tokenizer", named,
+                f"is not the tokenizer of the run in {config.workdir}; accepted: {saved}, or another workdir")
+    else:
+        log.warning("data.tokenizer=%r is not there; the run goes on with its own, %s", named, saved)
+    return own, str(saved)
 
 
 def _require_same_tokenizer(name: str, theirs: object, fingerprint: str, config: TrainConfig) -> None:
@@ -98,6 +117,6 @@ def open_data(config: TrainConfig) -> Prepared:
             f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {config.data.tokenizer!r}")
     prepared = prepare(config.data, config.data.prepared or workdir / run.DATA, tokenizer)
     saved = workdir / run.TOKENIZER
-    if not saved.exists():
+    if not (saved / SAVED).exists():  # one that was cut off lacks it, and is made again
         tokenizer.save(saved)
     return prepared

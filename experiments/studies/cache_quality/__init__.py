@@ -38,9 +38,9 @@ def section(found: Sequence[Record], folder: Path) -> str:
     losses = report.table(["variant", "heads", "parameters", "cached bytes a token (bfloat16, measured)",
                            "learning rate", "bits per byte on books-test"], rows)
     seeds = report.planned_seeds(found)
-    pairs = [[f"{left} - {right}", *report.compared(report.values(chosen[left]), report.values(chosen[right]), seeds)]
+    pairs = [[f"{left} - {right}", *report.compared(chosen[left], chosen[right], seeds)]
              for left, right in PAIRS if left in chosen and right in chosen]
-    differences = report.table(["difference, bits per byte", "mean, 95 % interval", "loss of the first"], pairs)
+    differences = report.table(["difference, bits per byte", *report.COMPARED, "loss of the first"], pairs)
     return "\n\n".join([losses, differences, report.rates_table(found), _picture(chosen, folder, found[0].scale)])
 
 

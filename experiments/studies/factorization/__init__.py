@@ -59,7 +59,7 @@ def section(found: Sequence[Record], folder: Path) -> str:
     rows, points = [], []
     for name, runs in chosen.items():
         if not runs:
-            rows.append([name, *[""] * 8, "diverged", "", ""])
+            rows.append([name, *[""] * 8, "diverged", "", "", ""])
             continue
         model = from_dict(ModelConfig, runs[0].config["model"])
         nominal, metrics = capacity.analyse_model(model, context=1), runs[0].metrics
@@ -69,11 +69,10 @@ def section(found: Sequence[Record], folder: Path) -> str:
                      str(nominal.frh), str(nominal.slsd), str(nominal.ter),
                      *(f"{np.mean(report.values(runs, m)):.1f}" for m in ("W_effective_rank", "U_effective_rank")),
                      report.spread(report.values(runs)),
-                     *(["", ""] if name == first else
-                       report.compared(report.values(runs), report.values(chosen[first]), seeds))])
+                     *(["", "", ""] if name == first else report.compared(runs, chosen[first], seeds))])
     losses = report.table(["shape", "feed-forward", "parameters", "cached bytes a token", "FRH", "SLSD", "TER",
                            "effective rank of W", "of U", "bits per byte on books-test",
-                           f"against {first}, 95 % interval", f"loss against {first}"], rows)
+                           f"against {first}, 95 % interval", report.COMPARED[1], f"loss against {first}"], rows)
     return "\n\n".join([losses, _follows(points), report.rates_table(found), _picture(points, folder, found[0].scale)])
 
 

@@ -59,20 +59,19 @@ def section(found: Sequence[Record], folder: Path) -> str:
     rows, watched = [], []
     groups = report.groups(found)
     zero = groups.get("zero")
-    default = report.values(report.at_best_rate(zero)) if zero else []
+    default = report.at_best_rate(zero) if zero else []
     rates = sorted({run.labels["learning_rate"] for run in found})
     for name, runs in groups.items():
         chosen = report.at_best_rate(runs)
-        losses = report.values(chosen)
-        against = ["", ""] if name == "zero" else report.compared(losses, default, report.planned_seeds(found))
-        rows.append([name, f"{chosen[0].labels['learning_rate']:g}" if chosen else "none", report.spread(losses),
-                     *against, stable_rate(runs)])
+        against = ["", "", ""] if name == "zero" else report.compared(chosen, default, report.planned_seeds(found))
+        rows.append([name, f"{chosen[0].labels['learning_rate']:g}" if chosen else "none",
+                     report.spread(report.values(chosen)), *against, stable_rate(runs)])
         grid = {run.labels["learning_rate"]: run for run in runs if run.labels["seed"] == found[0].labels["seed"]}
         each = [watch(grid[rate]) if rate in grid else ["missing"] * 3 for rate in rates]
         watched.append([name, *(", ".join(cells) for cells in zip(*each, strict=True))])
     table = report.table(
-        ["start", "best rate", "bits per byte on books-test", "against zero, 95 % interval", "loss against zero",
-         "largest stable rate"], rows)
+        ["start", "best rate", "bits per byte on books-test", "against zero, 95 % interval", report.COMPARED[1],
+         "loss against zero", "largest stable rate"], rows)
     watches = report.table(["at each rate, lowest first", "gradient norm, first logged", "largest after warm-up",
                             "loss spikes"], watched)
     return "\n\n".join([table, watches, report.rates_table(found), _picture(found, folder)])

@@ -64,26 +64,29 @@ def section(found: Sequence[Record], folder: Path) -> str:
     rows, seeds = [], report.planned_seeds(found)
     for name, runs in chosen.items():
         rope = chosen.get(f"{name.split()[0]} rope", [])
-        against = ["", ""] if runs is rope else report.compared(report.values(runs), report.values(rope), seeds)
+        against = ["", "", ""] if runs is rope else report.compared(runs, rope, seeds)
         rows.append([name, *(report.spread(report.values(runs, name_of(factor))) for factor in LENGTHS), *against])
     table = report.table(["variant and encoding", *(f"bits per byte, {factor}x" for factor in LENGTHS),
-                          "against rope at 1x, 95 % interval", "loss against rope"], rows)
-    pairs = [[f"{left} - {right}, {encoding}", *report.compared(
-                report.values(chosen[f"{left} {encoding}"]), report.values(chosen[f"{right} {encoding}"]), seeds)]
+                          "against rope at 1x, 95 % interval", report.COMPARED[1], "loss against rope"], rows)
+    pairs = [[f"{left} - {right}, {encoding}",
+              *report.compared(chosen[f"{left} {encoding}"], chosen[f"{right} {encoding}"], seeds)]
              for encoding in ENCODINGS for left, right in PAIRS
              if {f"{left} {encoding}", f"{right} {encoding}"} <= chosen.keys()]
-    compared = report.table(["difference at 1x, bits per byte", "mean, 95 % interval", "loss of the first"], pairs)
+    compared = report.table(["difference at 1x, bits per byte", *report.COMPARED, "loss of the first"], pairs)
     return "\n\n".join([table, compared, report.rates_table(found), _picture(chosen, folder, found[0].scale)])
 
 
 def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    for encoding, axes in zip(ENCODINGS, figure.subplots(1, len(ENCODINGS), sharey=True), strict=True):
+    """A panel for each encoding, with a scale of its own: they are far apart. Bars are deviations over seeds."""
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    for encoding, axes in zip(ENCODINGS, figure.subplots(1, len(ENCODINGS)), strict=True):
         for name, runs in chosen.items():
             if name.split()[1].rstrip(",") == encoding and runs:
-                means = [float(np.mean(report.values(runs, name_of(factor)))) for factor in LENGTHS]
-                axes.plot(LENGTHS, means, "o-" if name.endswith(encoding) else "s--", label=name,
-                          color=f"C{VARIANTS.index(name.split()[0])}")
+                losses = np.array([report.values(runs, name_of(factor)) for factor in LENGTHS])
+                one = losses.shape[1] == 1
+                axes.errorbar(LENGTHS, losses.mean(1), None if one else losses.std(1, ddof=1), capsize=3,
+                              fmt="o-" if name.endswith(encoding) else "s--", label=f"{name} (1 seed)" if one else name,
+                              color=f"C{VARIANTS.index(name.split()[0])}")
         axes.set(xscale="log", xlabel="window, in trained lengths", title=f"{encoding} ({scale})")
         axes.set_xticks(LENGTHS, [f"{factor}x" for factor in LENGTHS])
         axes.minorticks_off()

@@ -63,11 +63,11 @@ def section(found: Sequence[Record], folder: Path) -> str:
 
 def best_width(chosen: dict[str, dict[int, list[Record]]], size: int, seeds: int) -> str:
     """The width of MFA with the lowest mean loss at a size, and how it compares with the next; none before all ran."""
-    losses = {name: report.values(chosen.get(name, {}).get(size, [])) for name in WIDTHS}
-    if min(map(len, losses.values())) < seeds:
+    runs = {name: chosen.get(name, {}).get(size, []) for name in WIDTHS}
+    if min(map(len, runs.values())) < seeds:
         return "too few seeds"
-    winner, second = sorted(losses, key=lambda name: float(np.mean(losses[name])))[:2]
-    return f"{winner} (against {second}: {report.compared(losses[winner], losses[second], seeds)[1]})"
+    winner, second = sorted(runs, key=lambda name: float(np.mean(report.values(runs[name]))))[:2]
+    return f"{winner} (against {second}: {report.compared(runs[winner], runs[second], seeds)[-1]})"
 
 
 def family(record: Record) -> str:
