@@ -245,13 +245,13 @@ def _title(key: tuple[str, bool]) -> str:
 
 
 def _curve(axes: Any, key: tuple[str, bool], rows: Sequence[Measured], values: Sequence[tuple[float, float]]) -> None:
-    """A line of one kind, with bars of two standard errors; dashed and hollow where it was healed."""
+    """A line of one kind, with bars of two standard errors; where it was healed hollow points, since tokens differ."""
     if not rows:
         return
     kind, healed = key
     heights, errors = zip(*values, strict=True)
     bars = 2 * np.array(errors) if any(errors) else None
-    look = {"marker": "s", "markerfacecolor": "white", "linestyle": "--"} if healed else {"marker": "o"}
+    look = {"marker": "s", "markerfacecolor": "white", "linestyle": ""} if healed else {"marker": "o"}
     axes.errorbar([row.cached_elements[1] for row in rows], heights, bars, capsize=3, color=f"C{_order(kind)}",
                   label=_title(key), **look)
     axes.grid(alpha=0.3)
