@@ -199,6 +199,19 @@ def test_unrolled_layers_equal_scanned_layers(variant: str) -> None:
 
 
 @pytest.mark.slow
+def test_what_a_block_keeps_for_the_backward_pass() -> None:
+    """Of the feed-forward's width the two products alone, of the norms nothing in float32: the rest is recomputed."""
+    config = model_config("mfa", ffn_dim=40, dtype="bfloat16")
+    c = compiled(config)
+
+    _, backward = jax.vjp(lambda p: c.model.apply({"params": p}, tokens(0, (2, 8)))[0].astype(jnp.float32), c.params)
+    kept = jax.tree.leaves(backward)
+    wide = [x for x in kept if x.shape == (L, 2, 8, 40)]
+    assert len(wide) == 2 and all(x.dtype == jnp.bfloat16 for x in wide)
+    streams = [x for x in kept if x.shape == (L, 2, 8, config.model_dim)]
+    assert streams and all(x.dtype == jnp.bfloat16 for x in streams)
+
+
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_gradient(remat: str) -> None:
     config = model_config("mfa")
