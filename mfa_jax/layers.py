@@ -40,15 +40,6 @@ def from_heads(o: Float[Array, "*B N H"], w: Float[Array, "N H D"]) -> Float[Arr
     return jnp.matmul(o.reshape(*o.shape[:-2], -1), w.reshape(-1, w.shape[-1]))
 
 
-def recomputed(f: Callable[..., Array]) -> Callable[..., Array]:
-    """`f`, of which the backward pass keeps the arguments alone and computes the rest again.
-
-    For what costs less to compute than to write and read: a scan over layers copies all that it keeps twice.
-    """
-    # Forward and backward are two loops, which no compiler merges; a barrier would only keep it from fusing.
-    return jax.checkpoint(f, prevent_cse=False)
-
-
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x ** 2) + eps) * scale`, the mean in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
 
@@ -60,13 +51,9 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         scale = self.param("scale", partitioned(nn.initializers.ones, (self.axis,)), (x.shape[-1],), self.param_dtype)
-
-        def normed(x: Array, scale: Array) -> Array:
-            wide = x.astype(jnp.float32)
-            unit = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-            return unit.astype(self.dtype) * scale.astype(self.dtype)
-
-        return recomputed(normed)(x, scale)
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(self.dtype) * scale.astype(self.dtype)
 
 
 def stacked_blocks(layers: Any) -> list[tuple[tuple[str, ...], range]]:

@@ -15,7 +15,9 @@ from mfa_jax import attention, capacity
 from mfa_jax.attention.mla import MLA
 from mfa_jax.circuits import circuits
 from mfa_jax.config import VARIANTS, GQAConfig, MFAConfig, PositionConfig
+from mfa_jax.model import transformer
 from mfa_jax.model.loss import cross_entropy
+from mfa_jax.model.stack import Block
 from mfa_jax.model.transformer import Transformer, init_cache, init_params, unembedding, unstack_layers
 from tests.contract import ATTENTION, ENCODINGS, B, L, T, V, compiled, model_config, tokens
 
@@ -200,29 +202,32 @@ def test_unrolled_layers_equal_scanned_layers(variant: str) -> None:
 
 @pytest.mark.slow
 def test_what_a_block_keeps_for_the_backward_pass() -> None:
-    """Of the feed-forward's width the two products alone, of the norms nothing in float32: the rest is recomputed."""
-    config = model_config("mfa", ffn_dim=40, dtype="bfloat16")
+    """What products and attention made or read, in the type of the model, and no copy of a parameter."""
+    config = model_config("mfa", ffn_dim=40, dtype="bfloat16", attention_implementation="blockwise")
     c = compiled(config)
+    _, backward = jax.vjp(lambda p: c.model.apply({"params": p}, tokens(0, (3, 8)))[0].astype(jnp.float32), c.params)
+    parameters = {x.shape for x in jax.tree.leaves(c.params)}
+    kept = [x for x in jax.tree.leaves(backward) if x.shape[:1] == (L,) and x.ndim > 2 and x.shape not in parameters]
+    narrow = sorted(x.shape[1:] for x in kept if x.dtype == jnp.bfloat16)
+    stream, gate_and_up, latent, value = [(3, 8, 24)] * 2, [(3, 8, 40)] * 2, [(3, 8, 12)], [(3, 8, 16)]
+    queries, key, result = [(3, 8, 4, 16)], [(3, 1, 8, 16)], [(3, 8, 1, 4, 16)]
+    assert narrow == sorted(stream + gate_and_up + latent + queries + key + value + result)
+    assert [x.shape[1:] for x in kept if x.dtype != jnp.bfloat16] == [(1, 3, 1, 4 * 8)], "the log-sum-exp alone"
 
-    _, backward = jax.vjp(lambda p: c.model.apply({"params": p}, tokens(0, (2, 8)))[0].astype(jnp.float32), c.params)
-    kept = jax.tree.leaves(backward)
-    wide = [x for x in kept if x.shape == (L, 2, 8, 40)]
-    assert len(wide) == 2 and all(x.dtype == jnp.bfloat16 for x in wide)
-    streams = [x for x in kept if x.shape == (L, 2, 8, config.model_dim)]
-    assert streams and all(x.dtype == jnp.bfloat16 for x in streams)
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("implementation", ["dense", pytest.param("blockwise", marks=pytest.mark.slow)])
+def test_remat_changes_no_gradient(remat: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = model_config("mfa", remat=remat, attention_implementation=implementation)
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat: str) -> None:
-    config = model_config("mfa")
-
-    def gradient(config: object) -> object:
+    def gradient() -> object:
         model = Transformer(config)
         loss = lambda p: jnp.sum(model.apply({"params": p}, tokens())[0] ** 2)  # noqa: E731
         return jax.jit(jax.grad(loss))(compiled(model_config("mfa")).params)
 
-    chex.assert_trees_all_close(gradient(config), gradient(dataclasses.replace(config, remat=remat)), rtol=1e-4,
-                                atol=1e-5)
+    recomputed = gradient()
+    monkeypatch.setattr(transformer, "rematerialised", lambda config: Block)
+    chex.assert_trees_all_close(recomputed, gradient(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_cache_that_overflows_says_so() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mfa_jax import capacity
 from mfa_jax.config import MoEConfig, from_dict, to_dict
 from mfa_jax.layers import at_path, stacked_blocks
+from mfa_jax.model import stack
 from mfa_jax.model.dispatch import make_route, resolve_exchange, take_rows
 from mfa_jax.model.grouped import grouped_matmul, resolve
 from mfa_jax.model.layers import SwiGLU
@@ -369,14 +370,16 @@ def test_where_blocks_lie() -> None:
     assert from_dict(type(config), to_dict(config)) == config
 
 
-@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
-def test_remat_changes_no_gradient(remat: str) -> None:
-    config = model_config("mfa", num_layers=3, moe=dataclasses.replace(SOFTMAX, layers=(1, 2)))
+@pytest.mark.parametrize("remat", ["none", "dots", pytest.param("full", marks=pytest.mark.slow)])
+def test_remat_changes_no_gradient(remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = model_config("mfa", num_layers=3, remat=remat, moe=dataclasses.replace(SOFTMAX, layers=(1, 2)))
     params = nn.unbox(jax.jit(Transformer(config).init)(jax.random.key(0), tokens()[:1]))["params"]
 
-    def gradient(config: Any) -> Any:
+    def gradient() -> Any:
         model = Transformer(config)
         return jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, tokens())[0] ** 2)))(params)
 
-    chex.assert_trees_all_close(gradient(config), gradient(dataclasses.replace(config, remat=remat)), rtol=1e-4,
-                                atol=1e-5)
+    recomputed = gradient()
+    monkeypatch.setattr(stack, "rematerialised", lambda config: stack.Block)
+    # The largest of a leaf are some 50, of which float32 rounds 3e-6 away.
+    chex.assert_trees_all_close(recomputed, gradient(), rtol=1e-4, atol=5e-5)

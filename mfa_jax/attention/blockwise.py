@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 _HIDDEN = -1e30
@@ -119,7 +120,8 @@ def _forward(plan: _Plan, q: Any, k: Any, v: Any, tokens: _Tokens) -> tuple[Arra
         return out.astype(q.dtype), top + jnp.log(total)
 
     out, lse = lax.map(query_block, jnp.arange(q.shape[1] // plan.query_block))
-    out = _join(out)
+    # What has a name is kept by a layer that recomputes what is cheap: without it, it would keep parts of the loop.
+    out, lse = checkpoint_name(_join(out), "attention"), checkpoint_name(lse, "attention")
     return out, (q, k, v, tokens, out, lse)
 
 

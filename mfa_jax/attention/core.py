@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -85,6 +86,8 @@ def attend(
     )
     if alibi_slopes is not None:
         alibi_slopes = lax.stop_gradient(jnp.asarray(alibi_slopes, jnp.float32))
+    # Kept for the backward pass as they are read, after rope, in place of what they were before it.
+    q, k = checkpoint_name(q, "queries"), checkpoint_name(k, "keys")
     out = _SERVE[name](q, k, v, scale, offset, segments, alibi_slopes)
     return out if segments is None else jnp.where((segments != 0)[:, :, None, None], out, 0)
 
@@ -193,7 +196,8 @@ def dense_attention(
         # at every decoded token, so it is done only where something not finite did show.
         held = (key <= query[:, -1:])[:, None, :, None]
         out = lax.cond(jnp.isfinite(out).all(), lambda: out, lambda: average(jnp.where(held, v, 0)))
-    return out.reshape(B, K, N // K, T, h).transpose(0, 3, 1, 2, 4).reshape(B, T, N, h).astype(q.dtype)
+    out = out.reshape(B, K, N // K, T, h).transpose(0, 3, 1, 2, 4).reshape(B, T, N, h).astype(q.dtype)
+    return checkpoint_name(out, "attention")
 
 
 def over_mesh(

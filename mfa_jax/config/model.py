@@ -43,7 +43,8 @@ class ModelConfig:
     param_dtype: DType = "float32"
     """What parameters are stored in."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, everything in a block."""
+    """What of a block the backward pass recomputes: only what is cheap (norms, rope, gates, casts; no product, no
+    attention), all but matrix products, everything."""
     attention_implementation: Literal["auto", "dense", "blockwise", "splash", "cudnn", "tokamax", "context"] = "auto"
     """Attention for training and prefill, by name; auto resolves by device and size, `core.resolve` says to what.
     Training on a mesh that splits the sequence takes `context` for auto, which is for training steps alone: it takes

@@ -17,7 +17,25 @@ from mfa_jax.layers import RMSNorm
 from mfa_jax.model.layers import SwiGLU
 from mfa_jax.model.moe import MoE, Routing
 
+_CHEAP = frozenset("""
+    abs add add_any and broadcast_in_dim clamp concatenate convert_element_type copy cos div eq exp expand_dims ge gt
+    integer_pow iota le log log1p logistic lt max min mul ne neg not or pad reduce_max reduce_min reduce_sum reshape
+    rsqrt select_n sharding_constraint sign sin slice split sqrt square squeeze stop_gradient sub tanh transpose
+    """.split())
+"""Primitives that a compiler fuses into what reads their result."""
+
+
+def _costly(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What the backward pass keeps of a block: products, kernels, sorts, exchanges, and what has a name.
+
+    The rest is computed again, which costs less than to write and read it: a scan over layers fills the arrays that it
+    keeps with zeros, copies each layer's part in, and out again.
+    """
+    return primitive.name not in _CHEAP
+
+
 _REMAT_POLICIES: dict[str, Any] = {
+    "none": _costly,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -99,8 +117,7 @@ def scanned(kind: type[nn.Module], length: int, **options: Any) -> Any:
 
 def rematerialised(config: ModelConfig) -> Any:
     """`Block`, of which the backward pass recomputes what the config says."""
-    if config.remat == "none":
-        return Block
+    # Forward and backward are two loops, which no compiler merges; a barrier would only keep them from fusing.
     return nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[config.remat])
 
 
