@@ -18,12 +18,11 @@ from hypothesis import strategies as st
 from mfa_jax import capacity
 from mfa_jax.config import MoEConfig, from_dict, to_dict
 from mfa_jax.layers import at_path, stacked_blocks
-from mfa_jax.model import stack
 from mfa_jax.model.dispatch import make_route, resolve_exchange, take_rows
 from mfa_jax.model.grouped import grouped_matmul, resolve
 from mfa_jax.model.layers import SwiGLU
 from mfa_jax.model.moe import MoE, Routing, route, updated_bias
-from mfa_jax.model.stack import Segment, segments_of
+from mfa_jax.model.stack import REMAT_POLICIES, Segment, segments_of
 from mfa_jax.model.transformer import Transformer, init_cache, unstack_layers
 from tests.contract import model_config, tokens
 
@@ -380,6 +379,6 @@ def test_remat_changes_no_gradient(remat: str, monkeypatch: pytest.MonkeyPatch) 
         return jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, tokens())[0] ** 2)))(params)
 
     recomputed = gradient()
-    monkeypatch.setattr(stack, "rematerialised", lambda config: stack.Block)
+    monkeypatch.setitem(REMAT_POLICIES, remat, jax.checkpoint_policies.everything_saveable)
     # The largest of a leaf are some 50, of which float32 rounds 3e-6 away.
     chex.assert_trees_all_close(recomputed, gradient(), rtol=1e-4, atol=5e-5)

@@ -34,7 +34,7 @@ def _costly(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in _CHEAP
 
 
-_REMAT_POLICIES: dict[str, Any] = {
+REMAT_POLICIES: dict[str, Any] = {
     "none": _costly,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -50,11 +50,23 @@ class Block(nn.Module):
     keep_stream: bool = False
     """Whether the stream is handed out, too."""
 
-    @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None,
         cache: Cache | None, inv_freq: Float[Array, " W"] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Cache | None, Routing | None, Float[Array, "B T D"] | None]]:
+        if cache is not None:  # there is no backward pass
+            return self.compute(x, positions, segments, cache, inv_freq)
+        # Forward and backward are two loops, which no compiler merges; a barrier would only keep them from fusing.
+        recomputed: Any = nn.remat(Block.compute, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
+        found: tuple[Array, Any] = recomputed(self, x, positions, segments, None, inv_freq)
+        return found
+
+    @nn.compact
+    def compute(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None,
+        cache: Cache | None, inv_freq: Float[Array, " W"] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Cache | None, Routing | None, Float[Array, "B T D"] | None]]:
+        """The block itself; called, it recomputes in the backward pass what the config says."""
         c = self.config
         types: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         out_scale = (2 * c.num_layers) ** -0.5 if c.depth_scaled_init else 1.0
@@ -115,12 +127,6 @@ def scanned(kind: type[nn.Module], length: int, **options: Any) -> Any:
     )(**options)
 
 
-def rematerialised(config: ModelConfig) -> Any:
-    """`Block`, of which the backward pass recomputes what the config says."""
-    # Forward and backward are two loops, which no compiler merges; a barrier would only keep them from fusing.
-    return nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[config.remat])
-
-
 class _Group(nn.Module):
     """The blocks of one repetition of a pattern; caches and frequencies carry a leading axis over them."""
 
@@ -136,7 +142,7 @@ class _Group(nn.Module):
         outputs = []
         for j, has_experts in enumerate(self.pattern):
             own = jax.tree.map(lambda leaf: leaf[j], (cache, inv_freq))  # noqa: B023
-            block = rematerialised(self.config)(self.config, has_experts, self.keep_stream, name=f"block_{j}")
+            block = Block(self.config, has_experts, self.keep_stream, name=f"block_{j}")
             x, out = block(x, positions, segments, *own)
             outputs.append(out)
         return x, joined(outputs, jnp.stack)

@@ -16,7 +16,7 @@ from mfa_jax.config import ModelConfig
 from mfa_jax.layers import RMSNorm, at_path, partitioned, stacked_blocks
 from mfa_jax.model.embedding import look_up
 from mfa_jax.model.moe import Routing
-from mfa_jax.model.stack import Block, Stack, joined, layer_kinds, rematerialised, scanned
+from mfa_jax.model.stack import Block, Stack, joined, layer_kinds, scanned
 from mfa_jax.positions import rope_frequencies
 
 
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
         if not self.scan_layers:
             self.layers: Any = [Block(c, has_experts, self.keep_streams) for has_experts in kinds]
         elif len(set(kinds)) == 1:
-            self.layers = scanned(rematerialised(c), c.num_layers, config=c, has_experts=kinds[0],
+            self.layers = scanned(Block, c.num_layers, config=c, has_experts=kinds[0],
                                   keep_stream=self.keep_streams)
         else:
             self.layers = Stack(c, self.keep_streams)
