@@ -66,7 +66,7 @@ class Block(nn.Module):
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None,
         cache: Cache | None, inv_freq: Float[Array, " W"] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Cache | None, Routing | None, Float[Array, "B T D"] | None]]:
-        """The block itself; called, it recomputes in the backward pass what the config says."""
+        """The block itself; called, as a scan does, it recomputes in the backward pass what the config says."""
         c = self.config
         types: dict[str, Any] = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         out_scale = (2 * c.num_layers) ** -0.5 if c.depth_scaled_init else 1.0

@@ -107,8 +107,8 @@ class Transformer(nn.Module):
         else:
             outputs = []
             for i, block in enumerate(self.layers):
-                x, out = block(x, positions, segments, None if cache is None else cache[i],
-                               None if inv_freq is None else inv_freq[i])
+                x, out = block.compute(x, positions, segments, None if cache is None else cache[i],
+                                       None if inv_freq is None else inv_freq[i])
                 outputs.append(out)
             cache = None if cache is None else tuple(layer_cache for layer_cache, _, _ in outputs)
             _, routing, streams = joined([(None, *rest) for _, *rest in outputs], jnp.stack)
