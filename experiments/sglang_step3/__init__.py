@@ -1,7 +1,7 @@
 """A plugin for SGLang: it serves `Step3TextForCausalLM`, what MFA models are exported as.
 
 SGLang (0.5.23) has Step-3's text model, but only as a part of the model with the vision tower. Installed in its
-environment (`pip install --no-deps mfa_jax`), this is found through the entry point `sglang.srt.plugins`, and
+environment (`pip install --no-deps .` in a checkout), this is found through the entry point `sglang.srt.plugins`, and
 `python -m sglang.launch_server --model-path exported` needs nothing else. `model` has the class; neither needs JAX.
 """
 
