@@ -14,7 +14,7 @@ from mfa_jax.attention.encoding import Encoding
 from mfa_jax.axes import constrain
 from mfa_jax.cache import SharedKVCache, allocate
 from mfa_jax.config import MFAConfig, MFAKRConfig, PositionConfig
-from mfa_jax.layers import RMSNorm, from_heads, to_heads, weight
+from mfa_jax.layers import RMSNorm, from_heads, linear, to_heads, weight
 
 
 def init_cache(config: MFAConfig, batch: int, capacity: int, dtype: Any) -> SharedKVCache:
@@ -31,7 +31,7 @@ def factored_queries(
     S_q = weight(module, "S_q", (D, config.query_rank), ("embed", "query_rank"), fan_in=D, **types)
     Q = weight(module, "Q", (config.query_rank, N, C), ("inner_rank", "heads", "latent"), fan_in=config.query_rank,
                **types)
-    c_q = jnp.einsum("BTD,DQ->BTQ", x, S_q)
+    c_q = linear(x, S_q)
     if config.query_norm:
         c_q = RMSNorm(config.norm_eps, axis="query_rank", name="q_norm", **types)(c_q)
     return constrain(to_heads(c_q, Q), "batch", "sequence", "heads", None)
@@ -68,8 +68,8 @@ class MFA(nn.Module):
 
         encoding = Encoding(self.position, C, N, inv_freq)
         q = encoding.rotate(factored_queries(self, self.config, x, types), positions, head_axis=2)
-        k = encoding.rotate(jnp.einsum("BTD,DC->BTC", x, S_k), positions)
-        v = jnp.einsum("BTD,DC->BTC", x, S_v)
+        k = encoding.rotate(linear(x, S_k), positions)
+        v = linear(x, S_v)
         options: dict[str, Any] = {"scale": C**-0.5, "alibi_slopes": encoding.slopes, "segments": segments}
         if cache is None:
             o = attend(q, k, v, implementation=self.implementation, **options)

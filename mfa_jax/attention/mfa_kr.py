@@ -17,7 +17,7 @@ from mfa_jax.attention.mfa import factored_queries
 from mfa_jax.axes import gather_sequence
 from mfa_jax.cache import KeyCache, allocate
 from mfa_jax.config import MFAKRConfig, PositionConfig
-from mfa_jax.layers import from_heads, partitioned, weight
+from mfa_jax.layers import from_heads, linear, partitioned, weight
 
 
 def init_cache(config: MFAKRConfig, batch: int, capacity: int, dtype: Any) -> KeyCache:
@@ -70,7 +70,7 @@ class MFAKR(nn.Module):
 
         encoding = Encoding(self.position, C, N, inv_freq)
         q = encoding.rotate(factored_queries(self, c, x, types), positions, head_axis=2)
-        key = jnp.einsum("BTD,DC->BTC", x, S_k)
+        key = linear(x, S_k)
         if c.reuse == "post_rope":
             key = encoding.rotate(key, positions)
         options: dict[str, Any] = {"alibi_slopes": encoding.slopes, "segments": segments}

@@ -14,7 +14,7 @@ from mfa_jax.attention.encoding import Encoding
 from mfa_jax.axes import constrain, gather_sequence
 from mfa_jax.cache import KeyCache, allocate
 from mfa_jax.config import MLAConfig, PositionConfig
-from mfa_jax.layers import RMSNorm, from_heads, to_heads, weight
+from mfa_jax.layers import RMSNorm, from_heads, linear, to_heads, weight
 
 
 def init_cache(config: MLAConfig, batch: int, capacity: int, dtype: Any) -> KeyCache:
@@ -60,8 +60,8 @@ class MLA(nn.Module):
         encoding = Encoding(self.position, R, N, inv_freq)
         q = constrain(self._queries(x, types), "batch", "sequence", "heads", None)
         q_nope, q_rope = q[..., :M], encoding.rotate(q[..., M:], positions, head_axis=2)
-        latent = RMSNorm(c.norm_eps, axis="latent", name="kv_norm", **types)(jnp.einsum("BTD,DC->BTC", x, W_DKV))
-        k_rope = encoding.rotate(jnp.einsum("BTD,DR->BTR", x, W_KR), positions)
+        latent = RMSNorm(c.norm_eps, axis="latent", name="kv_norm", **types)(linear(x, W_DKV))
+        k_rope = encoding.rotate(linear(x, W_KR), positions)
         options: dict[str, Any] = {"scale": (M + R) ** -0.5, "alibi_slopes": encoding.slopes, "segments": segments}
         if cache is None:
             if self.implementation == "context":
@@ -88,5 +88,5 @@ class MLA(nn.Module):
         W_DQ = weight(self, "W_DQ", (D, c.query_rank), ("embed", "query_rank"), fan_in=D, **types)
         W_UQ = weight(self, "W_UQ", (c.query_rank, N, H), ("inner_rank", "heads", "head_dim"), fan_in=c.query_rank,
                       **types)
-        c_q = RMSNorm(c.norm_eps, axis="query_rank", name="q_norm", **types)(jnp.einsum("BTD,DQ->BTQ", x, W_DQ))
+        c_q = RMSNorm(c.norm_eps, axis="query_rank", name="q_norm", **types)(linear(x, W_DQ))
         return to_heads(c_q, W_UQ)

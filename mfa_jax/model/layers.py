@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from mfa_jax.axes import constrain
-from mfa_jax.layers import weight
+from mfa_jax.layers import linear, weight
 
 
 class SwiGLU(nn.Module):
@@ -31,5 +31,5 @@ class SwiGLU(nn.Module):
         W_gate = weight(self, "W_gate", (D, F), ("embed", "ffn"), fan_in=D, **types)
         W_up = weight(self, "W_up", (D, F), ("embed", "ffn"), fan_in=D, **types)
         W_down = weight(self, "W_down", (F, D), ("ffn", "embed"), fan_in=F, scale=self.out_scale, **types)
-        hidden = jax.nn.silu(jnp.einsum("BTD,DF->BTF", x, W_gate)) * jnp.einsum("BTD,DF->BTF", x, W_up)
-        return jnp.einsum("BTF,FD->BTD", constrain(hidden, "batch", "sequence", "ffn"), W_down)
+        hidden = jax.nn.silu(linear(x, W_gate)) * linear(x, W_up)
+        return linear(constrain(hidden, "batch", "sequence", "ffn"), W_down)
