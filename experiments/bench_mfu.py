@@ -5,7 +5,8 @@
 
 A pair of models has as many parameters beside the embedding, the same widths and layers but for heads and feed-forward
 (`presets.matched`), and the same batch of random tokens. A step is that of `experiments.train`: forward, backward,
-clipping, AdamW and the norms it reports, in bfloat16 with float32 weights and states, jitted with its state donated.
+clipping, AdamW and the norms it reports, in bfloat16 with float32 weights and states, jitted with its state donated,
+without a loop over layers.
 All sides of a pair are in memory together and take turns; a time is the median of the rounds over the steps of a round,
 which are handed over without waiting. FLOPs are those of the model (`capacity.training_flops_per_token`), so what remat
 computes twice does not count; the peak is the data sheet's, and the rate of a large product measured in the same run
@@ -57,8 +58,9 @@ class Pair:
     T: int
 
     def sides(self, implementation: Implementation) -> dict[str, ModelConfig]:
-        """By name, MFA first, with one kind of attention for training."""
-        return {name: dataclasses.replace(model, attention_implementation=implementation, dtype="bfloat16")
+        """By name, MFA first, with one kind of attention for training, and no loop over layers."""
+        return {name: dataclasses.replace(model, attention_implementation=implementation, dtype="bfloat16",
+                                          unroll_layers=True)
                 for name, model in (("mfa", self.mfa), ("mha", self.mha))}
 
 
@@ -73,6 +75,7 @@ def pairs(tiny: bool) -> dict[str, Pair]:
         return {"tiny": Pair(model_preset("tiny-mha"), model_preset("tiny-mfa"), rows=2, T=64)}
     billion = matched(_BILLION, MFAConfig(latent_dim=256, query_rank=256, query_norm=False))
     return {"1b": Pair(_BILLION, billion, rows=4, T=4096),
+            "1b-8": Pair(_BILLION, billion, rows=8, T=4096),  # over more tokens the optimizer's traffic weighs less
             "small": Pair(model_preset("small-mha"), model_preset("small-mfa"), rows=32, T=4096)}
 
 

@@ -54,7 +54,7 @@ def test_bytes_by_what_they_are_for() -> None:
 
 
 def test_an_unknown_pair_is_named() -> None:
-    with pytest.raises(ValueError, match="pair='2b': must be of 1b, small"):
+    with pytest.raises(ValueError, match="pair='2b': must be of 1b, 1b-8, small"):
         AotStepConfig(pair="2b")
     with pytest.raises(ValueError, match="models='mqa': must be of mfa, mha"):
         AotStepConfig(models=("mqa",))

@@ -230,6 +230,22 @@ def test_remat_changes_no_gradient(remat: str, implementation: str, monkeypatch:
     chex.assert_trees_all_close(recomputed, gradient(), rtol=1e-4, atol=5e-5)
 
 
+def test_layers_in_a_row_have_the_gradients_of_a_loop_over_them_and_compile_to_none() -> None:
+    """Of the two loops that there are, forward and backward; the gradient of the embedding may have one of its own."""
+    config, given = model_config("mfa", attention_implementation="dense"), tokens()
+
+    def gradient(unroll: bool) -> tuple[object, int]:
+        model = Transformer(dataclasses.replace(config, unroll_layers=unroll))
+        loss = lambda p: jnp.sum(model.apply({"params": p}, given)[0] ** 2)  # noqa: E731
+        params = compiled(model_config("mfa")).params
+        step = jax.jit(jax.grad(loss)).lower(params).compile()
+        return step(params), step.as_text().count(" while(")
+
+    (in_a_loop, loops), (in_a_row, none) = gradient(unroll=False), gradient(unroll=True)
+    assert loops - none == 2
+    chex.assert_trees_all_close(in_a_row, in_a_loop, rtol=1e-4, atol=5e-5)
+
+
 def test_a_cache_that_overflows_says_so() -> None:
     c = compiled(model_config("mfa"))
     with pytest.raises(ValueError, match="9 tokens do not fit into a cache of 6"):

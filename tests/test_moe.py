@@ -369,6 +369,18 @@ def test_where_blocks_lie() -> None:
     assert from_dict(type(config), to_dict(config)) == config
 
 
+@pytest.mark.slow
+def test_unequal_layers_in_a_row_have_the_gradients_of_loops_over_them() -> None:
+    config = model_config("mfa", num_layers=3, moe=dataclasses.replace(SOFTMAX, layers=(1, 2)))
+    params = nn.unbox(jax.jit(Transformer(config).init)(jax.random.key(0), tokens()[:1]))["params"]
+
+    def gradient(unroll: bool) -> Any:
+        model = Transformer(dataclasses.replace(config, unroll_layers=unroll))
+        return jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, tokens())[0] ** 2)))(params)
+
+    chex.assert_trees_all_close(gradient(unroll=True), gradient(unroll=False), rtol=1e-4, atol=5e-5)
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", pytest.param("full", marks=pytest.mark.slow)])
 def test_remat_changes_no_gradient(remat: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = model_config("mfa", num_layers=3, remat=remat, moe=dataclasses.replace(SOFTMAX, layers=(1, 2)))

@@ -45,6 +45,9 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"
     """What of a block the backward pass recomputes: only what is cheap (norms, rope, gates, casts; no product, no
     attention), all but matrix products, everything."""
+    unroll_layers: bool = False
+    """Layers one after the other in place of a loop over them, with the same parameters. A loop copies into its arrays
+    and out again what the backward pass needs; without one it stays where it is, for more compile time."""
     attention_implementation: Literal["auto", "dense", "blockwise", "splash", "cudnn", "tokamax", "context"] = "auto"
     """Attention for training and prefill, by name; auto resolves by device and size, `core.resolve` says to what.
     Training on a mesh that splits the sequence takes `context` for auto, which is for training steps alone: it takes

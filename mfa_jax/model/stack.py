@@ -119,12 +119,13 @@ def segments_of(has_experts: tuple[bool, ...]) -> list[Segment]:
     return found
 
 
-def scanned(kind: type[nn.Module], length: int, **options: Any) -> Any:
+def scanned(kind: type[nn.Module], length: int, config: ModelConfig, **options: Any) -> Any:
     """`kind` (`Block` or `_Group`) once for each of `length` rows of parameters, caches and frequencies."""
     return nn.scan(
         kind, variable_axes={"params": 0}, split_rngs={"params": True}, length=length,
         in_axes=(nn.broadcast, nn.broadcast, 0, 0), out_axes=0, metadata_params={nn.PARTITION_NAME: "layers"},
-    )(**options)
+        unroll=length if config.unroll_layers else 1,
+    )(config, **options)
 
 
 class _Group(nn.Module):
@@ -165,7 +166,7 @@ class Stack(nn.Module):
             stop = start + len(pattern) * repeats
             own = jax.tree.map(lambda leaf: leaf[start:stop].reshape(repeats, -1, *leaf.shape[1:]),  # noqa: B023
                                (cache, inv_freq))
-            group = scanned(_Group, repeats, config=c, pattern=pattern, keep_stream=self.keep_stream,
+            group = scanned(_Group, repeats, c, pattern=pattern, keep_stream=self.keep_stream,
                             name=f"segment_{s}")
             x, out = group(x, positions, segments, *own)
             outputs.append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), out))

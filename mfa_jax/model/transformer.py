@@ -64,7 +64,7 @@ class Transformer(nn.Module):
         if not self.scan_layers:
             self.layers: Any = [Block(c, has_experts, self.keep_streams) for has_experts in kinds]
         elif len(set(kinds)) == 1:
-            self.layers = scanned(Block, c.num_layers, config=c, has_experts=kinds[0],
+            self.layers = scanned(Block, c.num_layers, c, has_experts=kinds[0],
                                   keep_stream=self.keep_streams)
         else:
             self.layers = Stack(c, self.keep_streams)

@@ -26,7 +26,7 @@ from mfa_jax.train.checkpoint import Checkpoints
 
 CONFIG, TOKENIZER, DATA, CHECKPOINTS = "config.json", "tokenizer", "data", "checkpoints"
 
-_EXECUTION = ("dtype", "remat", "attention_implementation", "decode_implementation", "decode_layout",
+_EXECUTION = ("dtype", "remat", "unroll_layers", "attention_implementation", "decode_implementation", "decode_layout",
               "expert_implementation", "expert_exchange")
 """Fields of a model config that say how it is computed, not what it is."""
 
