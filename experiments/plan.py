@@ -62,6 +62,8 @@ class Arguments:
     """Plan the loop that decodes; otherwise a training step."""
     remat: Remat = "full"
     """What the backward pass of a training step recomputes."""
+    unroll_layers: bool = False
+    """Compile a training step without a loop over layers: fewer bytes of HBM, more compile time."""
     accumulate: int = 1
     """Parts that the batch of a training step is computed in."""
     dtype: DType = "bfloat16"
@@ -87,7 +89,8 @@ class Arguments:
         for name in ("batch_tokens", "seq", "accumulate", "vocab_size"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "must be at least 1")
-        what, unread = ("decoding", ("remat", "accumulate")) if self.decode else ("a training step", ("cache_dtype",))
+        what, unread = (("decoding", ("remat", "unroll_layers", "accumulate")) if self.decode
+                        else ("a training step", ("cache_dtype",)))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             require(field.name not in unread or value == field.default, field.name, value,
@@ -119,6 +122,7 @@ def model_of(arguments: Arguments, remat: Remat) -> ModelConfig:
     stored: DType = arguments.param_dtype or ("bfloat16" if arguments.decode else "float32")
     model = model_preset(arguments.model)
     return dataclasses.replace(model, dtype=arguments.dtype, param_dtype=stored, remat=remat,
+                               unroll_layers=arguments.unroll_layers,
                                vocab_size=arguments.vocab_size or model.vocab_size)
 
 

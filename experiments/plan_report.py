@@ -2,8 +2,9 @@
 
 The paper's 7B family, and Step-3 beside MHA and MLA with as many attention parameters: a decoding step with full caches
 and a training step, compiled for the same slice and mesh. Then one small model on 8 to 512 chips, with as much work a
-chip. Each line is written as soon as it is there, and is compiled again only where its program now has arguments of
-another size; until then it is shown as superseded. It takes an hour or two; nothing is run on a TPU.
+chip, and training steps whose layers are a loop or a row. Each line is written as soon as it is there, and is compiled
+again only where its program now has arguments of another size; until then it is shown as superseded. It takes an hour
+or two; nothing is run on a TPU.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -26,7 +27,7 @@ from mfa_jax.plan import Decoding, Plan, mesh_of, parse_topology, plan_decoding,
 from mfa_jax.plan.programs import decoding_arguments, training_arguments
 from mfa_jax.presets import match_heads, model_preset
 
-DECODE, TRAIN, LONG, SCALE = "decode", "train", "long", "scale"
+DECODE, TRAIN, LONG, SCALE, ROW = "decode", "train", "long", "scale", "row"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Line:
     mesh: str
     rows: int
     seq: int
+    remat: Literal["none", "full"] = "full"
+    """Of a training step."""
+    unroll: bool = False
+    """Whether its layers are a row, and not a loop."""
 
 
 def step3_with(attention: Any) -> ModelConfig:
@@ -86,6 +91,9 @@ LINES: Sequence[Line] = (
     *(Line(f"{SCALE}/base-mfa-{chips}", _preset("base-mfa"), f"v5p:{shape}", f"fsdp=4,data={chips // 4}", 4 * chips,
            2048)
       for chips, shape in ((8, "2x2x2"), (64, "4x4x4"), (512, "4x8x16"))),
+    *(Line(f"{ROW}/base-mfa-{remat}-{'row' if unroll else 'loop'}", _preset("base-mfa"), "v5p:2x2x2", "fsdp=4,data=2",
+           32, 2048, remat, unroll) for remat in ("full", "none") for unroll in (False, True)),
+    Line(f"{ROW}/paper-7b-mfa-full-row", _preset("paper-7b-mfa"), "v5p:4x4x4", "fsdp=64", 256, 4096, unroll=True),
 )
 
 
@@ -95,7 +103,7 @@ def program(line: Line) -> Decoding | TrainConfig:
     if line.name.startswith(DECODE):
         return Decoding(dataclasses.replace(model, param_dtype="bfloat16"), line.rows, line.seq, "bfloat16")
     data = DataConfig(batch_size=line.rows, sequence_length=line.seq)
-    return TrainConfig(model=dataclasses.replace(model, remat="full"), data=data)
+    return TrainConfig(model=dataclasses.replace(model, remat=line.remat, unroll_layers=line.unroll), data=data)
 
 
 def arguments(line: Line) -> int:

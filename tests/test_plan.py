@@ -371,6 +371,7 @@ REQUEST = ("--model", "tiny-mfa", "--topology", "v5e:2x2", "--mesh", "fsdp=2,ten
     ({"vocab_size": 0}, "vocab_size=0: must be at least 1"),
     ({"cache_dtype": "int8"}, "cache_dtype='int8': must be left out: a training step reads none"),
     ({"decode": True, "remat": "dots"}, "remat='dots': must be left out: decoding reads none"),
+    ({"decode": True, "unroll_layers": True}, "unroll_layers=True: must be left out: decoding reads none"),
     ({"decode": True, "accumulate": 2}, "accumulate=2: must be left out: decoding reads none"),
 ])
 def test_bad_input_names_what_would_be_accepted(changed: dict[str, object], message: str) -> None:
