@@ -246,6 +246,16 @@ def test_layers_in_a_row_have_the_gradients_of_a_loop_over_them_and_compile_to_n
     chex.assert_trees_all_close(in_a_row, in_a_loop, rtol=1e-4, atol=5e-5)
 
 
+@pytest.mark.parametrize(("remat", "unroll", "barrier"), [
+    ("full", True, True), ("dots", True, True), ("none", True, False), ("full", False, False)])
+def test_what_layers_in_a_row_recompute_is_held_apart_from_the_forward_pass(
+        remat: str, unroll: bool, barrier: bool) -> None:
+    config, given = model_config("mfa", remat=remat, unroll_layers=unroll, attention_implementation="dense"), tokens()
+    loss = lambda p: jnp.sum(Transformer(config).apply({"params": p}, given)[0] ** 2)  # noqa: E731
+    program = jax.jit(jax.grad(loss)).lower(compiled(model_config("mfa")).params).as_text()
+    assert ("optimization_barrier" in program) == barrier
+
+
 def test_a_cache_that_overflows_says_so() -> None:
     c = compiled(model_config("mfa"))
     with pytest.raises(ValueError, match="9 tokens do not fit into a cache of 6"):

@@ -56,8 +56,11 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Cache | None, Routing | None, Float[Array, "B T D"] | None]]:
         if cache is not None:  # there is no backward pass
             return self.compute(x, positions, segments, cache, inv_freq)
-        # Forward and backward are two loops, which no compiler merges; a barrier would only keep them from fusing.
-        recomputed: Any = nn.remat(Block.compute, prevent_cse=False, policy=REMAT_POLICIES[self.config.remat])
+        c = self.config
+        # Forward and backward are two loops, which no compiler merges. Of layers in a row it would, and keep what was
+        # to be computed again: a barrier holds it off, but where that is cheap either way.
+        barrier = c.unroll_layers and c.remat != "none"
+        recomputed: Any = nn.remat(Block.compute, prevent_cse=barrier, policy=REMAT_POLICIES[c.remat])
         found: tuple[Array, Any] = recomputed(self, x, positions, segments, None, inv_freq)
         return found
 
