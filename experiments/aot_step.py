@@ -45,6 +45,8 @@ class AotStepConfig:
     """A pair of `bench_mfu`."""
     models: tuple[str, ...] = ("mfa", "mha")
     """Of the pair."""
+    unroll_layers: bool = True
+    """Without a loop over layers, as `bench_mfu` has it."""
     output: str | None = None
     """JSON file; none to print only."""
 
@@ -83,9 +85,9 @@ def _purpose(name: str, instruction: hlo.Instruction) -> str:
     return "backward" if "transpose(" in source else "forward" if "jvp(" in source else "rest"
 
 
-def compile_step(pair: Pair, name: str) -> dict[str, Any]:
+def compile_step(pair: Pair, name: str, unroll_layers: bool) -> dict[str, Any]:
     """One line of output."""
-    model = pair.sides("cudnn")[name]
+    model = dataclasses.replace(pair.sides("cudnn")[name], unroll_layers=unroll_layers)
     config = TrainConfig(model=model, optimizer=OPTIMIZER, data=DataConfig(
         batch_size=pair.rows, sequence_length=pair.T, separate_documents=False))
     mesh, start = aot_gpu.h100_mesh(), time.perf_counter()
@@ -115,7 +117,7 @@ def main(config: AotStepConfig) -> None:
     _as_if_on_hopper()
     lines = []
     for name in config.models:
-        lines.append(compile_step(pairs(tiny=False)[config.pair], name))
+        lines.append(compile_step(pairs(tiny=False)[config.pair], name, config.unroll_layers))
         print(json.dumps(lines[-1]), flush=True)
     if config.output is not None:
         record = {"jax": jax.__version__, "pair": config.pair, "steps": lines}

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from experiments.studies.records import Record
-from mfa_jax.config import DataConfig, DType, ModelConfig, OptimizerConfig, TrainConfig, from_dict, require, to_dict
+from mfa_jax.config import (
+    DataConfig,
+    DType,
+    ModelConfig,
+    OptimizerConfig,
+    PositionConfig,
+    TrainConfig,
+    from_dict,
+    require,
+    to_dict,
+)
 from mfa_jax.data import Prepared
 from mfa_jax.train.run import Trained
 
@@ -46,6 +56,16 @@ SCALES = {scale.name: scale for scale in (
     Scale("small", "small", "books-train-00", sequence_length=1024, batch_size=32, steps=1500,
           learning_rates=(1e-3, 2e-3, 4e-3), dtype="bfloat16", valid_batches=16, test_batches=32),
 )}
+
+
+SHORT_ROPE = PositionConfig("rope", base=10000.0)
+"""Rope for windows of some thousand tokens at most. The presets' base, 500000, leaves a narrow head few elements that
+turn within one, which costs MLA most (`positions`); studies that ran before that was found have it."""
+
+
+def lower_rates(scale: Scale) -> Scale:
+    """With half of the lowest learning rate besides, since that one was the best for most (`cache_quality`)."""
+    return dataclasses.replace(scale, learning_rates=(scale.learning_rates[0] / 2, *scale.learning_rates))
 
 
 @dataclasses.dataclass(frozen=True)

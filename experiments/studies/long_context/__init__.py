@@ -16,7 +16,7 @@ from experiments.studies import report
 from experiments.studies.long_context import tasks
 from experiments.studies.long_context.measurements import RECALL, Judge, by_position, needles, recall
 from experiments.studies.records import Record
-from experiments.studies.study import Results, Run, Scale, Study, tuned
+from experiments.studies.study import SHORT_ROPE, Results, Run, Scale, Study, lower_rates, tuned
 from mfa_jax.data import Prepared
 from mfa_jax.presets import model_preset
 from mfa_jax.train.run import Trained
@@ -35,9 +35,10 @@ ROWS, SEED = 64, 7
 
 def plan(scale: Scale, results: Results) -> list[Run]:
     """Every variant over the grid of learning rates, then more seeds at its best; trained on long windows."""
-    scale = dataclasses.replace(scale, sequence_length=LONGER * scale.sequence_length,
+    scale = dataclasses.replace(lower_rates(scale), sequence_length=LONGER * scale.sequence_length,
                                 batch_size=scale.batch_size // LONGER)
-    return tuned(scale, {name: model_preset(f"{scale.preset}-{name}") for name in VARIANTS}, results)
+    return tuned(scale, {name: dataclasses.replace(model_preset(f"{scale.preset}-{name}"), position=SHORT_ROPE)
+                         for name in VARIANTS}, results)
 
 
 def measure(scale: Scale, trained: Trained, test: Prepared) -> dict[str, Any]:

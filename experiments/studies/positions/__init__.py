@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from experiments.studies import report
 from experiments.studies.measure import bits_per_byte
 from experiments.studies.records import Record
-from experiments.studies.study import Results, Run, Scale, Study, tuned
+from experiments.studies.study import SHORT_ROPE, Results, Run, Scale, Study, tuned
 from mfa_jax.config import ModelConfig, PositionConfig
 from mfa_jax.data import Prepared
 from mfa_jax.presets import model_preset
@@ -21,7 +21,7 @@ from mfa_jax.train.run import Trained
 
 VARIANTS = ("mfa", "mfa-kr", "mha", "mla")
 ENCODINGS = {"rope": PositionConfig("rope"), "alibi": PositionConfig("alibi"), "none": PositionConfig("none"),
-             "rope-10000": PositionConfig("rope", base=10000.0)}
+             "rope-10000": SHORT_ROPE}
 """By name; `rope` has the presets' base, which turns few of a narrow head's elements within a short window."""
 PAIRS = (("mfa", "mha"), ("mfa", "mla"), ("mfa-kr", "mfa"), ("mfa-kr", "mha"))
 """Variants that are compared under each encoding."""

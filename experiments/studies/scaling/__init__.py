@@ -14,7 +14,7 @@ from scipy import stats
 
 from experiments.studies import report
 from experiments.studies.records import Record
-from experiments.studies.study import Results, Run, Scale, Study, tuned
+from experiments.studies.study import SHORT_ROPE, Results, Run, Scale, Study, lower_rates, tuned
 from mfa_jax import capacity
 from mfa_jax.config import ModelConfig, from_dict
 from mfa_jax.presets import matched, sized_model
@@ -29,6 +29,7 @@ WIDTHS = {"mfa, C = H": 1, "mfa": 2, "mfa, C = 4H": 4}
 
 def plan(scale: Scale, results: Results) -> list[Run]:
     """Every variant and width at every size over the grid of learning rates, then more seeds at its best."""
+    scale = lower_rates(scale)
     parts = [tuned(scale, models(layers, width), results, size=width) for layers, width in SIZES[scale.preset]]
     first = len(scale.learning_rates) * (len(VARIANTS) + len(WIDTHS) - 1)
     return [run for part in parts for run in part[:first]] + [run for part in parts for run in part[first:]]
@@ -41,7 +42,7 @@ def models(layers: int, width: int) -> dict[str, ModelConfig]:
     for name, times in WIDTHS.items():
         C = times * (width // 8)
         found[name] = matched(found["mha"], dataclasses.replace(paper, latent_dim=C, query_rank=C))
-    return {f"{name} D{width}": model for name, model in found.items()}
+    return {f"{name} D{width}": dataclasses.replace(model, position=SHORT_ROPE) for name, model in found.items()}
 
 
 def section(found: Sequence[Record], folder: Path) -> str:
