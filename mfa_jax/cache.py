@@ -180,7 +180,15 @@ for _layout in (KVCache, SharedKVCache, KeyCache):
 
 
 def allocate(layout: type[Cache], batch: int, *shapes: Sequence[int], dtype: Any) -> Any:
-    """An empty cache: zeros of `[batch, *shape]` for each stream, lengths zero; types of `SCALED` get scales too."""
+    """An empty cache: zeros of `[batch, *shape]` for each stream, lengths zero; types of `SCALED` get scales too.
+
+    Raises:
+      ValueError: a type that neither holds keys and values as they are nor has a scale.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype not in SCALED and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1):
+        raise ValueError(f"cache_dtype={dtype.name!r}: must be one of float32, bfloat16, float16, "
+                         f"{', '.join(x.name for x in SCALED)}")
     arrays = [jnp.zeros((batch, *shape), dtype) for shape in shapes]
     scales = [jnp.zeros(x.shape[:-1], jnp.float32) for x in arrays if x.dtype in SCALED]
     return layout(jnp.zeros((batch,), jnp.int32), *arrays, *scales)

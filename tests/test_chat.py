@@ -168,6 +168,24 @@ def test_an_answer_ends_at_a_stop_token_and_may_be_left_early() -> None:
     assert talk.held == 3 and answer(talk, [1, 2, 3], 8)[0] == free
 
 
+@pytest.mark.parametrize("at", ["_extend", "decode"])
+def test_a_conversation_goes_on_after_an_interruption(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is interrupted was given the caches for good."""
+    c = compiled(model_config("mfa", num_layers=1))
+    talk = Conversation(c.model, c.params, GREEDY, KEY, capacity=64)
+    first, _ = answer(talk, [1, 2, 3], 8)
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        jax.tree.map(lambda x: x.delete(), given[2] if at == "_extend" else given[2].caches)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversation, at, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answer(talk, [1, 2, 3, *first, 4], 8)
+    assert talk.held == 0 and answer(talk, [1, 2, 3], 8)[0] == first
+
+
 @pytest.mark.parametrize(("ids", "options", "message"), [
     ([], {}, "must have at least one token"),
     ([V], {}, rf"ids=\[{V}\]: token ids must be in"),

@@ -82,6 +82,7 @@ def test_every_field_survives_json() -> None:
     (lambda: ModelConfig(inv_freq=((1.0,),)), "inv_freq='1 rows': must be num_layers=2 rows of 64 frequencies"),
     (lambda: PositionConfig(kind="alibi", scaling=RopeScaling()), "only kind='rope' can be scaled"),
     (lambda: RopeScaling(factor=0.5), "factor=0.5: must be at least 1"),
+    (lambda: RopeScaling("yarn", beta_slow=0.0), "beta_slow=0.0: must be positive"),
     (lambda: DataConfig(held_out=1.0), r"held_out=1.0: must be in \[0, 1\)"),
     (lambda: DataConfig(held_out=0.0, held_out_source="x"), "held_out=0.0: holds nothing out, though held_out_s"),
     (lambda: DataConfig(held_out_source=""), r"held_out_source='': must be stdlib, a path, or hf:NAME"),

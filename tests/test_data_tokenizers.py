@@ -239,6 +239,25 @@ def test_text_depends_on_what_was_before_it(every):
     assert decode_after(tokenizer, [tokenizer.bos_id, *ids], ids) == " the"
 
 
+@pytest.mark.parametrize("cut", [0, 1, 2, 3])
+@pytest.mark.parametrize("before", ["a", "a😀😁"])
+def test_a_cut_off_character_spoils_no_other_where_bytes_spell_them(before, cut):
+    """As in Llama 2 and Mistral: of bytes in a row that spell no text, the decoder makes U+FFFD one for one."""
+    alphabet = {"<unk>": 0, "</s>": 1, **{f"<0x{i:02X}>": 2 + i for i in range(256)}, "a": 258}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(alphabet, [], unk_token="<unk>", byte_fallback=True))
+    model.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    model.add_special_tokens(["</s>"])
+    tokenizer = HuggingFaceTokenizer(model.to_str().encode(), "bytes in a row")
+    context, ids = tokenizer.encode(before).tolist(), tokenizer.encode("😂😃").tolist()
+    if cut:
+        ids = ids[:-4] + ids[-4:-cut]
+    decoder = StreamDecoder(tokenizer, context)
+    text = "".join([*map(decoder.feed, ids), decoder.flush()])
+    assert text == ("😂😃" if cut == 0 else "😂" + "\ufffd" * (4 - cut))
+    if cut:
+        assert decode_after(tokenizer, context, ids[4:]) == "\ufffd" * (4 - cut)
+
+
 def test_a_changed_or_missing_file_is_refused(every, tmp_path):
     with pytest.raises(ValueError, match="tokenizer='/no/such': no such file; accepted: bytes"):
         load_tokenizer("/no/such")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -133,6 +135,19 @@ def test_text_in_text_out() -> None:
         complete(c.model, c.params, tokenizer, [], sampling, KEY, **options)
 
 
+def test_only_tokens_that_the_tokenizer_spells_are_written() -> None:
+    """A model's table may have more rows than its tokenizer has tokens; half of this one's choices would be such."""
+    tokenizer = ByteTokenizer()
+    c = compiled(model_config("mfa", vocab_size=2 * tokenizer.vocab_size))
+    sampling = SamplingConfig(temperature=2.0)
+    options = {"max_new_tokens": 24, "stop_at_end": False}
+    found = complete(c.model, c.params, tokenizer, ["def f"], sampling, KEY, **options)
+    pieces = stream_text(c.model, c.params, tokenizer, "def f", sampling, KEY, **options)
+    assert found[0] and "".join(pieces) == found[0]
+    limited = dataclasses.replace(sampling, vocab_limit=100)
+    assert max(complete(c.model, c.params, tokenizer, ["a"], limited, KEY, **options)[0]) < chr(100)
+
+
 def test_a_conversation_compiles_once_per_bucket() -> None:
     """Turns of growing length and other limits reuse one program until a bucket is full."""
     c = compiled(model_config("mfa"))
@@ -173,7 +188,13 @@ def test_sharded_decoding_equals_one_device() -> None:
     ({"lengths": np.array([8, 7, 5])}, r"lengths=\[8, 7, 5\]: must be in 1 .. 7"),
     ({"lengths": np.array([7, 5])}, r"lengths=\(2,\): must have shape \(3,\)"),
     ({"prompts": PROMPTS[0]}, r"prompts=\(7,\): must be token ids of shape"),
-    ({"stop_tokens": np.zeros((2, 1))}, r"stop_tokens=\(2, 1\): must have 3 rows"),
+    ({"stop_tokens": np.zeros((2, 1), int)}, r"stop_tokens=\(2, 1\): must have 3 rows"),
+    ({"stop_tokens": [1.5]}, r"stop_tokens='float64': must be integers"),
+    ({"prompts": PROMPTS + 0.5}, r"prompts='float64': must be integers"),
+    ({"prompts": PROMPTS.astype(np.int64) + 2**32}, r"token ids must be in 0 .. 31"),
+    ({"lengths": LENGTHS.astype(np.int64) + 2**32}, r"must be in 1 .. 7"),
+    ({"cache_dtype": "uint8"}, r"cache_dtype='uint8': must be one of float32, bfloat16, float16, int8, float8_e4m3fn"),
+    ({"cache_dtype": "float8_e5m2"}, r"cache_dtype='float8_e5m2': must be one of"),
 ])
 def test_what_cannot_work_is_refused(changes: dict, message: str) -> None:
     c = compiled(model_config("mfa"))

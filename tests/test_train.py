@@ -149,6 +149,35 @@ def test_accumulated_gradient_equals_the_full_batch(accumulate: int, tmp_path: P
     chex.assert_trees_all_close(jax.device_get(full_metrics), jax.device_get(metrics), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_gives_the_types_that_it_took(kind: str, accumulate: int, tmp_path: Path) -> None:
+    """Of bfloat16 parameters, too: the loop's step is compiled ahead for the state that it starts with."""
+    config = config_for(tmp_path, tmp_path, optimizer=OptimizerConfig(kind=kind), accumulate=accumulate)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="bfloat16"))
+    mesh, model = axes.make_mesh((1,) * 5, jax.devices()[:1]), Transformer(config.model)
+    with jax.set_mesh(mesh):
+        optimizer = make_optimizer(config.optimizer, config.steps, run.abstract_params(model, mesh))
+        layout = state_layout(config, model, optimizer, mesh)
+        step = make_train_step(config, model, optimizer, make_schedule(config.optimizer, config.steps))
+        after, metrics = jax.eval_shape(step, layout, jax.tree.map(jnp.asarray, synthetic_batch(config)))
+    types = [jax.tree.map(lambda x: x.dtype, tree) for tree in (layout, after)]
+    assert types[0] == types[1]
+    assert {x.dtype for x in jax.tree.leaves(after.params)} == {jnp.dtype(jnp.bfloat16)}
+    floats = {x.dtype for x in jax.tree.leaves((after.optimizer, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)}
+    assert floats == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.slow
+def test_a_run_with_bfloat16_parameters_trains_and_goes_on(corpus: Path, tmp_path: Path) -> None:
+    config = config_for(tmp_path, corpus)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="bfloat16"))
+    train_on_one(dataclasses.replace(config, steps=4))
+    train_on_one(config)
+    losses = [line["loss"] for line in metric_lines(config.workdir) if "loss" in line]
+    assert losses[-1] < losses[0] and {x.dtype.name for x in jax.tree.leaves(saved_leaves(config))} == {"bfloat16"}
+
+
 def test_a_step_is_what_optax_says_and_ema_follows(tmp_path: Path) -> None:
     config = config_for(tmp_path, tmp_path, ema_decay=0.5)
     state, metrics = one_step(config, 1)

@@ -33,6 +33,7 @@ class RopeScaling:
         require_positive(self, "original_max_positions")
         require(self.high_freq_factor > self.low_freq_factor, "high_freq_factor", self.high_freq_factor,
                 f"must exceed low_freq_factor={self.low_freq_factor}")
+        require(self.beta_slow > 0, "beta_slow", self.beta_slow, "must be positive")
         require(self.beta_fast > self.beta_slow, "beta_fast", self.beta_fast,
                 f"must exceed beta_slow={self.beta_slow}")
 

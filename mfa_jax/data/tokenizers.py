@@ -182,14 +182,17 @@ def decode_after(tokenizer: Tokenizer, context: Sequence[int], ids: Sequence[int
     Args:
       context: ids that end between two characters.
     """
-    return tokenizer.decode([*context, *ids])[len(tokenizer.decode(context)):]
+    before, text = tokenizer.decode(context), tokenizer.decode([*context, *ids])
+    # Where bytes spell characters, one that is cut off makes U+FFFD of all bytes in a row, those of the context, too.
+    return text[len(before):] if text.startswith(before) else tokenizer.decode(ids)
 
 
 class StreamDecoder:
     """Text as it comes, token by token: what is yielded is never taken back.
 
     Text that ends in U+FFFD may be half of a character, so it is held until the next tokens complete it. All that
-    `feed` and `flush` yield is together what `decode` makes of the tokens, after the text of `context`.
+    `feed` and `flush` yield is together what `decode` makes of the tokens, after the text of `context`; of tokens that
+    end within a character, too, whole characters are kept.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:

@@ -38,7 +38,16 @@ class Conversation:
         require(capacity >= 1, "capacity", capacity, "must be at least 1")
         self._model, self._params, self._sampling, self._key = model, params, sampling, key
         self._capacity, self._turns, self._held = capacity, 0, list[int]()
-        self._caches = init_cache(model.config, 1, capacity, cache_dtype, scan_layers=False)
+        self._cache_dtype = cache_dtype
+        self._caches: Any = self._empty()
+
+    def _empty(self) -> Any:
+        return init_cache(self._model.config, 1, self._capacity, self._cache_dtype, scan_layers=False)
+
+    def _taken(self) -> Any:
+        """The caches, which a step is given for good: what interrupts it leaves a conversation that holds nothing."""
+        caches, self._caches, self._held = self._caches, None, []
+        return self._empty() if caches is None else caches
 
     @property
     def held(self) -> int:
@@ -83,7 +92,7 @@ class Conversation:
         stops = np.asarray(stop_tokens, np.int32).reshape(1, -1)
         key = jax.random.fold_in(self._key, self._turns)
         self._turns += 1
-        state = _extend(self._model, self._params, self._caches, np.int32(same), new, np.int32(len(ids) - same), stops,
+        state = _extend(self._model, self._params, self._taken(), np.int32(same), new, np.int32(len(ids) - same), stops,
                         key, seen, sampling=self._sampling, buffer=bucket(max_new_tokens))
         limit = 1
         while True:
@@ -94,6 +103,7 @@ class Conversation:
             if found.stopped.all() or limit >= max_new_tokens:
                 return
             limit = min(limit + chunk, max_new_tokens)
+            self._taken()
             state = decode(self._model, self._params, state, jnp.int32(limit), sampling=self._sampling)
 
 

@@ -165,7 +165,7 @@ def _prepare(
     model: Transformer, prompts: Any, lengths: Any, max_new_tokens: int, stop_tokens: Any, capacity: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
     """Checked and padded arguments: prompts, lengths, stop tokens, size of the output, capacity of the cache."""
-    prompts, lengths = np.asarray(prompts, np.int32), np.asarray(lengths, np.int32)
+    prompts, lengths = _integers("prompts", prompts), _integers("lengths", lengths)
     require(prompts.ndim == 2 and prompts.size > 0, "prompts", prompts.shape, "must be token ids of shape [B, T]")
     require(lengths.shape == (len(prompts),), "lengths", lengths.shape, f"must have shape ({len(prompts)},)")
     require(bool(lengths.min() >= 1) and bool(lengths.max() <= prompts.shape[1]), "lengths", lengths.tolist(),
@@ -190,11 +190,18 @@ def _prepare(
     padded = np.zeros((len(prompts), width), np.int32)
     kept = min(width, prompts.shape[1])
     padded[:, :kept] = np.where(real, prompts, 0)[:, :kept]
-    stops = np.asarray(stop_tokens, np.int32)
+    stops = _integers("stop_tokens", stop_tokens).astype(np.int32)
     if stops.ndim < 2:
         stops = np.broadcast_to(stops.reshape(1, -1), (len(prompts), stops.size))
     require(stops.shape[0] == len(prompts), "stop_tokens", stops.shape, f"must have {len(prompts)} rows")
-    return padded, lengths, stops, bucket(max_new_tokens), capacity
+    return padded, lengths.astype(np.int32), stops, bucket(max_new_tokens), capacity
+
+
+def _integers(name: str, given: Any) -> np.ndarray:
+    """As they are: cast to int32 before they are checked, 2 ** 32 + 1 and 1.9 would be token 1."""
+    found = np.asarray(given)
+    require(found.size == 0 or np.issubdtype(found.dtype, np.integer), name, found.dtype.name, "must be integers")
+    return found
 
 
 def _unrolled(model: Transformer, params: Any) -> Callable[..., Any]:

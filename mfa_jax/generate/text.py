@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from mfa_jax.config import require
-from mfa_jax.data.tokenizers import StreamDecoder, Tokenizer, decode_after
+from mfa_jax.data.tokenizers import StreamDecoder, Tokenizer
 from mfa_jax.generate.loop import generate, stream
 from mfa_jax.generate.sampling import SamplingConfig
 from mfa_jax.model.transformer import Transformer
@@ -47,10 +48,14 @@ def complete(
     """What follows each text, up to one of the tokenizer's `stop_ids`; `options` are those of `generate`."""
     prompts, lengths = encode_prompts(tokenizer, texts, add_bos_token=add_bos_token)
     stops = tokenizer.stop_ids if stop_at_end else ()
-    found = generate(model, params, prompts, lengths, sampling, key, stop_tokens=stops, **options)
-    rows = zip(prompts, lengths, np.asarray(found.tokens), np.asarray(found.lengths), strict=True)
-    return [decode_after(tokenizer, prompt[:length].tolist(), row[:size].tolist())
-            for prompt, length, row, size in rows]
+    found = generate(model, params, prompts, lengths, _spelt(sampling, tokenizer, model), key, stop_tokens=stops,
+                     **options)
+    texts = []
+    for prompt, length, row, size in zip(prompts, lengths, np.asarray(found.tokens), np.asarray(found.lengths),
+                                         strict=True):
+        decoder = StreamDecoder(tokenizer, prompt[:length].tolist())
+        texts.append("".join([*map(decoder.feed, row[:size].tolist()), decoder.flush()]))
+    return texts
 
 
 def stream_text(
@@ -61,8 +66,15 @@ def stream_text(
     prompts, lengths = encode_prompts(tokenizer, [text], add_bos_token=add_bos_token)
     stops = tokenizer.stop_ids if stop_at_end else ()
     decoder, shown = StreamDecoder(tokenizer, prompts[0].tolist()), 0
-    for found in stream(model, params, prompts, lengths, sampling, key, stop_tokens=stops, **options):
+    for found in stream(model, params, prompts, lengths, _spelt(sampling, tokenizer, model), key, stop_tokens=stops,
+                        **options):
         fresh = found.tokens[0, shown : found.lengths[0]]
         shown = int(found.lengths[0])
         yield "".join(decoder.feed(int(token)) for token in fresh)
     yield decoder.flush()
+
+
+def _spelt(sampling: SamplingConfig, tokenizer: Tokenizer, model: Transformer) -> SamplingConfig:
+    """Sampling among the tokens that the tokenizer can spell: the model's tables may have more rows."""
+    limit = min(sampling.vocab_limit or model.config.vocab_size, tokenizer.vocab_size)
+    return dataclasses.replace(sampling, vocab_limit=limit) if limit < model.config.vocab_size else sampling

@@ -39,8 +39,9 @@ _PEAK_FLOPS = (
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Dense bfloat16 FLOP/s of a device at its peak; None where that is not known (CPU, other chips)."""
-    return next((flops for start, flops in _PEAK_FLOPS if device.device_kind.startswith(start)), None)
+    """Dense bfloat16 FLOP/s of a device at its peak; None where that is not known (CPU, other chips, a part of one)."""
+    kind = device.device_kind
+    return next((flops for start, flops in _PEAK_FLOPS if kind.startswith(start) and " MIG " not in kind), None)
 
 
 class MetricsWriter:

@@ -68,7 +68,9 @@ def _state_from_key(config: TrainConfig, model: Transformer, optimizer: optax.Gr
     def create(key: Key[Array, ""], params: Any = None) -> TrainState:
         params = nn.unbox(init_params(model, key)) if params is None else params
         ema = jax.tree.map(jnp.copy, params) if config.ema_decay is not None else {}
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema, jax.random.fold_in(key, 1))
+        # Moments are float32 whatever the parameters are: in bfloat16 an average of squares stops moving.
+        moments = optimizer.init(_wide(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, moments, ema, jax.random.fold_in(key, 1))
 
     return create
 
@@ -109,7 +111,7 @@ def make_train_step(
         moved = state._replace(step=state.step + 1, params=params, optimizer=optimizer_state, ema=ema)
         metrics = {
             "loss": sums.nll / count, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates),
-            "param_norm": optax.tree.norm(params), "learning_rate": schedule(state.step), "targets": sums.tokens,
+            "param_norm": optax.tree.norm(_wide(params)), "learning_rate": schedule(state.step), "targets": sums.tokens,
             "bad_leaf": bad_leaf, **{name: total / count for name, total in sums.terms.items()},
             **_alpha_norms(params), **experts.metrics(config.model, sums.routing, count),
         }
@@ -132,7 +134,7 @@ def _accumulated(config: TrainConfig, loss: Loss) -> Callable[..., tuple[BatchSu
             return sums.loss, sums
 
         (_, sums), grads = jax.value_and_grad(value, has_aux=True)(params)
-        return sums, grads
+        return sums, _wide(grads)
 
     def many(params: Any, batch: Any, *given: Any) -> tuple[BatchSums, Any]:
         # Part i takes every accumulate-th row: each device's rows stay on it.
@@ -147,6 +149,11 @@ def _accumulated(config: TrainConfig, loss: Loss) -> Callable[..., tuple[BatchSu
         return jax.lax.scan(add, start, parts)[0]
 
     return one if config.accumulate == 1 else many
+
+
+def _wide(tree: Any) -> Any:
+    """Its arrays in float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
