@@ -72,6 +72,16 @@ def test_windows_count_the_bytes_of_their_tokens(merging: HuggingFaceTokenizer) 
         tasks.windows([merging.encode(TEXT)], 3, 9000, merging)
 
 
+def test_windows_lie_in_the_middle_of_the_parts_of_a_document() -> None:
+    task = tasks.windows([np.arange(101), np.arange(1000, 1201)], 4, 20)
+    assert task.tokens[:, 0].tolist() == [20, 1045, 60, 1135]
+
+
+def test_a_model_of_no_numbers_is_not_a_perfect_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurements, "_losses", lambda _, __, tokens: np.full(tokens[:, 1:].shape, np.nan))
+    assert math.isnan(Judge(C.model, C.params, ByteTokenizer(), rows=2).bits_per_byte(tasks.pairs(2, 2, 1)[0]))
+
+
 def test_bits_are_those_of_the_definition() -> None:
     judge = Judge(C.model, C.params, ByteTokenizer(), rows=2)
     book = [np.frombuffer(TEXT.encode(), np.uint8).astype(np.int32)]

@@ -67,7 +67,7 @@ def section(found: Sequence[Record], folder: Path) -> str:
     count = len(next(iter(chosen.values()))[0].metrics["told_bits"])
     counts = [f"{pairs} pairs" for pairs in PAIRS[:count]]
     recalled = report.table(
-        ["bits a value byte: told, others after them, told again", *counts],
+        ["bits a value byte: told, after other keys, after their own", *counts],
         [[name, *(", ".join(f"{x:.2f}" for x in three) for three in np.transpose([mean(runs, m) for m in RECALL[:3]]))]
          for name, runs in chosen.items()])
     held = report.table(
@@ -100,7 +100,7 @@ def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
     left.set(xlabel="position in the window, up to", ylabel="bits per byte", title="long books")
     middle.axhline(math.log2(10), color="grey", linestyle=":", label="chance")
     middle.set(xlabel="depth of the needle", ylabel="bits a digit", title="needle, at the trained length")
-    right.set(xscale="log", xlabel="pairs", ylabel="bits a value byte gained", title="told again, against others")
+    right.set(xscale="log", xlabel="pairs", ylabel="bits a value byte gained", title="own keys against others")
     right.set_xticks(PAIRS, [str(count) for count in PAIRS])
     left.set_xscale("log", base=2)
     left.xaxis.set_major_formatter(ticker.ScalarFormatter())

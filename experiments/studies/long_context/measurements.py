@@ -37,8 +37,8 @@ class Judge:
         return np.where(task.asked, np.concatenate(parts), np.nan)
 
     def bits_per_byte(self, task: tasks.Task) -> float:
-        """Over all that is asked for."""
-        return float(np.nansum(self.bits(task)) / task.asked_bytes)
+        """Over all that is asked for; nan where the model gives one."""
+        return float(self.bits(task)[task.asked].sum() / task.asked_bytes)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -67,7 +67,7 @@ def needles(judge: Judge, documents: list[np.ndarray], rows: int, lengths: Seque
 
 
 def recall(judge: Judge, rows: int, counts: Sequence[int], length: int, seed: int) -> dict[str, Any]:
-    """Bits a byte of values that were told, of others after them, and of those told again, and what is held of them.
+    """Bits a byte of values as they are told, with other keys after that, and with their own, and what is held of them.
 
     Counts of pairs that do not fit into `length` tokens are left out.
     """
@@ -87,5 +87,5 @@ def recall(judge: Judge, rows: int, counts: Sequence[int], length: int, seed: in
 
 
 def held_bits(count: int, fresh: float, again: float) -> float:
-    """`2 count (fresh - again)`: two value bytes a pair, and what each costs less than one that was not told."""
+    """`2 count (fresh - again)`: two value bytes a pair, and what each costs less than after another key."""
     return 2 * count * (fresh - again)
