@@ -50,6 +50,8 @@ class CheckEvaluationConfig:
     """Tokens of a row at most."""
     apply_chat_template: bool = False
     """Write requests as conversations."""
+    add_bos_token: bool = False
+    """Begin every context with the begin token, on both sides; by itself the peer goes by the tokenizer's files."""
     peer_dtype: Literal["float32", "float64"] = "float32"
     """What the peer computes in; float64 says which side of a difference is off."""
     peer_batch_size: int = 8
@@ -64,7 +66,8 @@ class CheckEvaluationConfig:
 
     def of(self, task: str) -> EvaluateConfig:
         return EvaluateConfig(tasks=task, hf=self.hf, local_data=self.local_data, limit=self.limit,
-                              max_length=self.max_length, apply_chat_template=self.apply_chat_template)
+                              max_length=self.max_length, apply_chat_template=self.apply_chat_template,
+                              add_bos_token=self.add_bos_token)
 
 
 class EvaluationError(ArithmeticError):
@@ -118,7 +121,7 @@ def main(config: CheckEvaluationConfig) -> None:
 
     opened = open_model(None, config.hf)
     peer = HFLM(config.hf, dtype=config.peer_dtype, device="cpu", batch_size=config.peer_batch_size,
-                max_length=config.max_length)
+                max_length=config.max_length, add_bos_token=config.add_bos_token)
     record: dict[str, Any] = {
         **dataclasses.asdict(config), "machine": platform.processor() or platform.machine(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers", "lm_eval")},

@@ -1,5 +1,7 @@
 """A GQA checkpoint as MFA or MFA-KR, with as large a cache or a smaller one.
 
+Models with biases or norms of heads (Qwen2, Qwen3) cannot become either; `mean_pool` takes them.
+
     python -m experiments.convert --from DIR --to mfa_kr --out runs/converted
     python -m experiments.convert --from DIR --to mfa_kr --cache-ratio 1.5 --calibration FILE --out runs/smaller
     python -m experiments.convert --from DIR --to mfa --method key_pca --cache-ratio 1.5 --calibration FILE --out ...
@@ -32,9 +34,18 @@ import tyro
 from experiments import cli
 from mfa_jax.capacity import cache_elements_per_token
 from mfa_jax.config import GQAConfig, ModelConfig, require
-from mfa_jax.convert import balanced, gqa_to_mfa, gqa_to_mfa_kr, load_pretrained, pretrained_tokenizer, save_run
+from mfa_jax.convert import (
+    balanced,
+    gqa_to_mfa,
+    gqa_to_mfa_kr,
+    load_pretrained,
+    pretrained_config,
+    pretrained_tokenizer,
+    save_run,
+)
+from mfa_jax.convert.exact import require_plain
 from mfa_jax.convert.files import require_free
-from mfa_jax.convert.layerwise import LayerReport
+from mfa_jax.convert.layerwise import LayerReport, tokens_needed
 from mfa_jax.convert.plain import key_pca, mean_pool
 from mfa_jax.convert.reduce import reduce_gqa
 from mfa_jax.data import Tokenizer, documents
@@ -57,14 +68,14 @@ class ConvertConfig:
     """The original's cached elements a token over the new ones; 1 is exact."""
     calibration: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text files; may be given several times, each gives as many rows. Needed above ratio 1."""
-    rows: int = 32
-    """Rows of calibration text."""
+    rows: int | None = None
+    """Rows of calibration text; none for 32, or as many as the fit needs: 2 N C tokens, of C the width that is left."""
     context: int = 512
     """Tokens of a row."""
     ridge: float = 0.01
     """Of the refit, as a share of the mean square of the features."""
     tokenizer: str | None = None
-    """Name of the tokenizer in the folder; none for what it holds."""
+    """Name of the tokenizer in the folder, or beside the .gguf file; none for what it holds."""
     report: bool = False
     """Print what happened to each layer, too."""
 
@@ -76,7 +87,7 @@ class ConvertConfig:
                 f"must be above 1 for method={self.method!r}")
         require(self.cache_ratio == 1 or self.method == "mean_pool" or bool(self.calibration), "calibration", None,
                 "is needed above cache_ratio=1")
-        require(self.rows >= 1, "rows", self.rows, "must be at least 1")
+        require(self.rows is None or self.rows >= 1, "rows", self.rows, "must be at least 1")
         require(self.context >= 2, "context", self.context, "must be at least 2")
         require(self.ridge >= 0, "ridge", self.ridge, "must not be negative")
         for field in dataclasses.fields(self):
@@ -124,13 +135,39 @@ def pooled_heads(config: ModelConfig, ratio: float) -> int:
     return ratios[ratio]
 
 
-def calibration_rows(config: ConvertConfig, tokenizer: Tokenizer) -> np.ndarray:
+def require_convertible(config: ConvertConfig, model: ModelConfig) -> int:
+    """Refuses a model that cannot become what is asked for, before its weights are read.
+
+    Returns:
+      rows of calibration text, 0 where none is read.
+
+    Raises:
+      ValueError: not a GQA model, a ratio that leaves nothing, or fewer rows than the fit needs.
+      NotImplementedError: biases, norms of heads, or, with a smaller cache, no rope.
+    """
+    require(isinstance(model.attention, GQAConfig), "from", config.source,
+            f"must hold a GQA model, not {model.attention.variant}")
+    if config.to == "gqa":
+        pooled_heads(model, config.cache_ratio)
+        return 0
+    a = require_plain(model)
+    if not goes_by_layer(config.method, config.cache_ratio):
+        return 0
+    width = width_of(model, config.to, config.cache_ratio)
+    needed = -(-tokens_needed(a, width) // config.context)
+    rows = max(32, needed) if config.rows is None else config.rows
+    require(rows >= needed, "rows", rows, f"must be at least {needed} of context={config.context}: {a.num_heads} heads "
+                                          f"and C={width} are fitted to 2 N C = {tokens_needed(a, width)} tokens")
+    return rows
+
+
+def calibration_rows(config: ConvertConfig, tokenizer: Tokenizer, rows: int) -> np.ndarray:
     """`[rows, context]` tokens, the files in turn, each from its beginning.
 
     Raises:
       ValueError: a file that is too short.
     """
-    per_file = -(-config.rows // len(config.calibration))
+    per_file = -(-rows // len(config.calibration))
     found = []
     for path in config.calibration:
         ids = np.empty(0, np.int32)
@@ -142,7 +179,7 @@ def calibration_rows(config: ConvertConfig, tokenizer: Tokenizer) -> np.ndarray:
         require(len(ids) >= per_file * config.context, "calibration", path,
                 f"has {len(ids)} tokens, {per_file} rows of {config.context} are asked of it")
         found.append(ids[: per_file * config.context].reshape(per_file, config.context))
-    return np.stack(found, axis=1).reshape(-1, config.context)[: config.rows]
+    return np.stack(found, axis=1).reshape(-1, config.context)[:rows]
 
 
 def convert(config: ConvertConfig, model: ModelConfig, params: Any, tokenizer: Tokenizer) -> tuple[
@@ -153,11 +190,11 @@ def convert(config: ConvertConfig, model: ModelConfig, params: Any, tokenizer: T
         return (*exact(model, params), [])
     if config.method == "mean_pool":
         return (*mean_pool(model, params, num_kv_heads=pooled_heads(model, config.cache_ratio)), [])
-    width = width_of(model, config.to, config.cache_ratio)
+    width, count = width_of(model, config.to, config.cache_ratio), require_convertible(config, model)
     common: dict[str, Any] = {"width": width, "folder": unfinished(config.out), "on_layer": lambda layer: print(
         f"layer {layer.layer + 1} of {model.num_layers}: misses {layer.refitted_error:.3f} of its output's mean square",
         file=sys.stderr)}
-    rows = calibration_rows(config, tokenizer)
+    rows = calibration_rows(config, tokenizer, count)
     require_reads(model, params, rows[:1])
     if config.method == "key_pca":
         return key_pca(model, params, rows, **common)
@@ -183,9 +220,8 @@ def main(config: ConvertConfig) -> None:
     start = time.monotonic()
     require_free(Path(config.out))
     tokenizer = pretrained_tokenizer(config.source, config.tokenizer)
+    require_convertible(config, pretrained_config(config.source))
     given, params = load_pretrained(config.source)
-    require(isinstance(given.attention, GQAConfig), "from", config.source,
-            f"must hold a GQA model, not {given.attention.variant}")
     require(tokenizer.vocab_size <= given.vocab_size, "tokenizer.vocab_size", tokenizer.vocab_size,
             f"must be at most the model's vocab_size={given.vocab_size}")
     kept = goes_by_layer(config.method, config.cache_ratio)

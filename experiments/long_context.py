@@ -42,6 +42,8 @@ class LongContextConfig(OpenConfig):
     """Windows of each kind."""
     batch_rows: int = 4
     """Windows that are computed at once."""
+    add_bos_token: bool = False
+    """Put the begin token before every window, which some models were trained to see; it is not counted."""
     seed: int = 7
     """Of needles and pairs."""
     output: str | None = None
@@ -64,7 +66,9 @@ class LongContextConfig(OpenConfig):
 def measure(config: LongContextConfig) -> dict[str, Any]:
     """Figures of each task that was named, and what they are of."""
     opened = config.open()
-    judge = Judge(opened.model, opened.params, opened.tokenizer, config.batch_rows)
+    begin = opened.tokenizer.bos_id if config.add_bos_token else None
+    require(not config.add_bos_token or begin is not None, "add_bos_token", True, "the tokenizer has no begin token")
+    judge = Judge(opened.model, opened.params, opened.tokenizer, config.batch_rows, begin)
     found: dict[str, Any] = {"model": opened.name, "attention": opened.model.config.attention.variant,
                              "length": config.length, "rows": config.rows, "text": config.text}
     if config.text is not None and config.names != ["recall"]:

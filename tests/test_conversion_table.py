@@ -154,6 +154,12 @@ def test_a_command_line_gives_the_same_conversion() -> None:
     assert cli.parse(ConvertConfig, runner._flags(config)) == config
 
 
+@pytest.mark.parametrize(("source", "name"), [
+    ("m/Llama-3.1-8B", "Llama-3.1-8B"), ("m/SmolLM2.Q8_0.gguf", "SmolLM2.Q8_0")])
+def test_versions_are_part_of_a_models_name(source: str, name: str) -> None:
+    assert runner._name(RunConfig(source=source)) == name
+
+
 def test_rows_are_spread_over_the_whole_text() -> None:
     text = "".join(chr(ord("a") + i // 100 % 26) for i in range(2600))
     found = measure.spread_rows(ByteTokenizer(), text, 4, 10, "some")

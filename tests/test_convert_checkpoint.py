@@ -211,6 +211,8 @@ def test_mistral_without_a_window_is_a_llama() -> None:
     assert config_from_hf({**mistral, "sliding_window": None}) == config_from_hf(CONFIG)
     with pytest.raises(NotImplementedError, match="sliding_window=4096"):  # the value that Mistral configs leave out
         config_from_hf(mistral)
+    with pytest.raises(NotImplementedError, match="sliding_window=128"):  # a field that Mistral does not have
+        config_from_hf({**mistral, "sliding_window": 128, "use_sliding_window": False})
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -248,6 +250,7 @@ def test_rope_settings(rope: dict[str, Any], base: float, scaling: RopeScaling |
         ({"mlp_bias": True}, NotImplementedError, "mlp_bias=True"),
         ({"sliding_window": 128}, NotImplementedError, "sliding_window=128"),
         ({"quantization_config": {"bits": 4}}, NotImplementedError, "quantization_config"),
+        ({"is_causal": False}, NotImplementedError, "is_causal=False: every layer here is causal"),
         ({"hidden_act": "gelu"}, NotImplementedError, "hidden_act='gelu'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, NotImplementedError, "'dynamic'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, NotImplementedError, "'longrope'"),
@@ -328,6 +331,10 @@ def test_indices_that_are_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps({"weight_map": given}))
         with pytest.raises(ValueError, match=message):
             load_pretrained(tmp_path)
+    path.write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / first).read_bytes())  # transformers takes this one
+    with pytest.raises(ValueError, match=r"must hold model.safetensors or model.safetensors.index.json .*, not both"):
+        load_pretrained(tmp_path)
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from mfa_jax.config import ModelConfig, RopeScaling
 from mfa_jax.convert import load_pretrained, pretrained_tokenizer
@@ -80,6 +81,28 @@ def test_a_toy_file_against_numpy(tmp_path: Path) -> None:
     assert dataclasses.replace(config, inv_freq=None) == expected
 
 
+def test_factors_of_llama3_are_its_scaling(tmp_path: Path) -> None:
+    """So that the model can be written back. Of other factors a config.json has no name."""
+    def read(factors: np.ndarray) -> ModelConfig:
+        def more(writer: Any) -> None:
+            del writer.kv_data[0]["llama.rope.freq_base"]
+            writer.add_rope_freq_base(5e5)
+            writer.add_tensor("rope_freqs.weight", factors.astype(np.float32))
+
+        return load_pretrained(write_gguf(tmp_path / "toy.gguf", make_tensors(), more))[0]
+
+    wavelengths = 2 * np.pi * 5e5 ** (2 * np.arange(4) / 8)
+    smooth = np.clip((8192 / wavelengths - 1) / (4 - 1), 0, 1)
+    factors = 1 / ((1 - smooth) / 32 + smooth)
+    assert factors.tolist()[:2] == [1, 1] and factors[3] == 32
+    config = read(factors)
+    assert config.inv_freq is None and config.position.scaling == RopeScaling("llama3", 32.0, 8192, 1.0, 4.0)
+    assert read(np.ones(4)).position.scaling is None and read(np.ones(4)).inv_freq is None
+    own = read(np.array([1.0, 2.0, 3.0, 4.0]))
+    assert own.position.scaling is None
+    np.testing.assert_allclose(own.inv_freq[1], 1 / (wavelengths / (2 * np.pi)) / [1, 2, 3, 4], rtol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_qwen_files_keep_halves_biases_and_norms(tmp_path: Path, family: str) -> None:
     plain = {key: value for key, value in CONFIG.items() if key != "rope_scaling"}
@@ -141,8 +164,12 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     tensors = make_tensors()
     with pytest.raises(NotImplementedError, match="general.architecture='gemma'"):
         load_pretrained(write_gguf(tmp_path / "gemma.gguf", tensors, architecture="gemma"))
-    with pytest.raises(NotImplementedError, match="tokenizer.ggml.model=None.*give the tokenizer.json"):
+    with pytest.raises(NotImplementedError, match="tokenizer.ggml.model=None.*name a tokenizer.json"):
         pretrained_tokenizer(write_gguf(tmp_path / "toy.gguf", tensors))
+    with pytest.raises(ValueError, match=r"tokenizer='.*tokenizer.json': no such file"):
+        pretrained_tokenizer(tmp_path / "toy.gguf", "tokenizer.json")
+    tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "</s>": 1}, [])).save(str(tmp_path / "tokenizer.json"))
+    assert pretrained_tokenizer(tmp_path / "toy.gguf", "tokenizer.json").encode("a").tolist() == [0]
     del tensors["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(ValueError, match=r"'missing: model.layers.1.mlp.up_proj.weight \(24, 16\)'"):
         load_pretrained(write_gguf(tmp_path / "toy.gguf", tensors))
@@ -219,7 +246,7 @@ def test_words_of_the_vocabulary_before_merges(tmp_path: Path, rules: str) -> No
 @pytest.mark.parametrize(("change", "message"), [
     ({"token_list": None}, "tokenizer.ggml.tokens=None: is missing from the file"),
     ({"token_merges": None}, "tokenizer.ggml.merges=None: is missing"),
-    ({"token_types": None}, "tokenizer.ggml.token_type=None: is missing .*; give the tokenizer.json"),
+    ({"token_types": None}, "tokenizer.ggml.token_type=None: is missing .*; name a tokenizer.json"),
     ({"token_types": [1] * 6}, "tokenizer.ggml.token_type='6 types': must have one for each of 7 tokens"),
     ({"token_merges": ["a x"]}, "tokenizer.ggml.merges='a x': must be two tokens that together are a third"),
     ({"token_merges": ["a c"]}, "tokenizer.ggml.merges='a c'"),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.convert import ConvertConfig, calibration_rows, main, width_of
+from experiments.convert import ConvertConfig, calibration_rows, main, require_convertible, width_of
 from mfa_jax.config import ModelConfig, PositionConfig
 from mfa_jax.convert import load_pretrained, pretrained_tokenizer
 from mfa_jax.convert.directions import Keys, Moments, rank_keys, with_values
@@ -151,11 +151,35 @@ def test_rows_of_text_take_the_files_in_turn(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a" * 100)
     (tmp_path / "b.txt.bz2").write_bytes(bz2.compress(b"b" * 100))
     files = (str(tmp_path / "a.txt"), str(tmp_path / "b.txt.bz2"))
-    config = ConvertConfig("x", "y", cache_ratio=2.0, calibration=files, rows=3, context=8)
-    rows = calibration_rows(config, ByteTokenizer())
+    config = ConvertConfig("x", "y", cache_ratio=2.0, calibration=files, context=8)
+    rows = calibration_rows(config, ByteTokenizer(), 3)
     assert rows.shape == (3, 8) and [chr(row[0]) for row in rows] == ["a", "b", "a"]
     with pytest.raises(ValueError, match="has 100 tokens, 13 rows of 8"):
-        calibration_rows(dataclasses.replace(config, rows=26), ByteTokenizer())
+        calibration_rows(config, ByteTokenizer(), 26)
+
+
+def test_what_cannot_be_converted_is_told_before_it_is_read(data_dir: Path, tmp_path: Path) -> None:
+    """At a ratio of 2 the model of 4 heads is left C = 8: 64 tokens, 8 rows of 8; at 1.5 C = 10, 40 rows of 2."""
+    gqa = model_config("gqa")
+    config = ConvertConfig("x", "y", to="mfa", cache_ratio=2.0, calibration=("c",), context=8)
+    assert require_convertible(dataclasses.replace(config, context=2, cache_ratio=1.5), gqa) == 40
+    assert require_convertible(config, gqa) == 32 and require_convertible(dataclasses.replace(config, rows=8), gqa) == 8
+    with pytest.raises(ValueError, match=r"rows=7: must be at least 8 of context=8: 4 heads and C=8 are fitted"):
+        require_convertible(dataclasses.replace(config, rows=7), gqa)
+    pooled = ConvertConfig("x", "y", to="gqa", method="mean_pool", cache_ratio=2.0)
+    normed = dataclasses.replace(gqa, attention=dataclasses.replace(gqa.attention, qk_norm=True))
+    assert require_convertible(pooled, normed) == 0
+    with pytest.raises(NotImplementedError, match="qk_norm=True: MFA has no such thing"):
+        require_convertible(config, normed)
+    with pytest.raises(ValueError, match="from='x': must hold a GQA model, not mla"):
+        require_convertible(config, model_config("mla"))
+    stories = data_dir / "models" / "stories260K"
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "tok512.bin"):  # no weights
+        (tmp_path / "model" / name).write_bytes((stories / name).read_bytes())
+    with pytest.raises(ValueError, match="rows=1: must be at least"):
+        main(ConvertConfig(str(tmp_path / "model"), str(tmp_path / "out"), tokenizer="tok512.bin", cache_ratio=2.0,
+                           calibration=("c",), rows=1, context=8))
 
 
 def test_what_is_refused() -> None:

@@ -95,13 +95,31 @@ def test_tokenizers_come_along(tmp_path: Path) -> None:
     named = tmp_path / "named"
     named.mkdir()
     (named / "tokenizer.json").write_bytes((tmp_path / "bytes" / "tokenizer.json").read_bytes())
-    (named / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|endoftext|>"}}))
+    (named / "tokenizer_config.json").write_text(json.dumps(
+        {"eos_token": {"content": "<|endoftext|>"}, "pad_token": "<|startoftext|>"}))
     (named / "chat_template.jinja").write_text("{{ messages }}")
     save_pretrained(tmp_path / "bpe", c.config, c.params, context_length=64, tokenizer=load_tokenizer(named))
     assert (tmp_path / "bpe" / "tokenizer.json").read_bytes() == (named / "tokenizer.json").read_bytes()
     written = json.loads((tmp_path / "bpe" / "tokenizer_config.json").read_text())
     assert (written["eos_token"], written["chat_template"]) == ("<|endoftext|>", "{{ messages }}")
+    assert written["pad_token"] == "<|startoftext|>"
     assert vars(load_tokenizer(tmp_path / "bpe"))["chat_template"] == "{{ messages }}"
+
+
+def test_without_a_tokenizer_no_token_is_said_to_end_a_text(tmp_path: Path) -> None:
+    """Left out, transformers takes those of the first Llama."""
+    save_pretrained(tmp_path / "out", GQA, compiled(GQA).params, context_length=64)
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (values["eos_token_id"], values["bos_token_id"]) == (None, None)
+
+
+def test_numbers_too_large_for_the_stored_type_are_refused(tmp_path: Path) -> None:
+    params = compiled(GQA).params
+    params = {**params, "embed": params["embed"].at[0, 0].set(1e5)}
+    with pytest.raises(ValueError, match=r"dtype='float16': model.embed_tokens.weight has 1 numbers too large.*100000"):
+        save_pretrained(tmp_path / "out", GQA, params, context_length=64, dtype="float16")
+    assert not (tmp_path / "out").exists()
+    save_pretrained(tmp_path / "out", GQA, params, context_length=64, dtype="bfloat16")
 
 
 @pytest.mark.parametrize(("change", "options", "error", "message"), [

@@ -42,6 +42,15 @@ def test_text_and_json_lines_in_every_compression(tmp_path, suffix):
     assert texts(lines, text_field="body") == [TEXT, "a\0b"], "a NUL inside a JSON string is part of the document"
 
 
+def test_a_long_window_of_zstandard_is_read(tmp_path):
+    """As `zstd --long=28` makes it; readers refuse such a file by default."""
+    settings = zstandard.ZstdCompressionParameters(window_log=28)
+    compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    raw = compressor.compress(b"long ago") + compressor.flush()
+    assert zstandard.get_frame_parameters(raw).window_size == 1 << 28
+    assert texts(write(tmp_path / "a.zst", raw)) == ["long ago"]
+
+
 @pytest.mark.parametrize("suffix", [suffix for suffix in COMPRESS if suffix])
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-10], lambda raw: b"not compressed" + raw])
 def test_a_damaged_compressed_file_is_an_error(tmp_path, suffix, damage):

@@ -204,6 +204,14 @@ def test_the_chosen_end_token_is_saved(json_file, tmp_path):
     assert tokenizer.fingerprint != load_tokenizer(json_file).fingerprint
 
 
+def test_of_several_chat_templates_the_default_is_taken(json_file, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(json_file.read_bytes())
+    named = [{"name": "tools", "template": "a"}, {"name": "default", "template": "b"}]
+    for templates, found in ((named, "b"), (named[:1], None), ("c", "c")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+        assert load_tokenizer(tmp_path).chat_template == found
+
+
 def test_what_ends_a_text_is_what_the_files_beside_it_say(json_file, tmp_path):
     """Chat models end their turns with another token than documents, and name both."""
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):

@@ -46,7 +46,8 @@ FILES: dict[str, list[dict[str, Any]]] = {
     "math_test.jsonl.xz": [{"context": f"{i}?", "answer": "\\frac{1}{2}", "chain_of_thought": "\\boxed{\\frac12}",
                             "category": "algebra"} for i in range(5)],
 }
-WIKITEXT = " \n = One = \n \n Text . \n = = Part = = \n \n more \n = Two = \n \n Other text . \n"
+WIKITEXT = (" \n = One = \n \n Text . \n \n = = Part = = \n \n more : \n = 1 + 1 = \n an equation \n"
+            " \n = Two = \n \n Other text . \n")
 
 
 @pytest.fixture
@@ -85,6 +86,12 @@ def test_pairs_of_texts() -> None:
     expected = loglikelihoods(C.model, C.params, [
         (list(b"The"), list(b" cat")), ([TOKENIZER.bos_id], list(b"cat"))])
     np.testing.assert_allclose([found[0][0], found[2][0]], [score.logprob for score in expected], atol=1e-5)
+
+
+def test_a_context_of_blanks_is_an_empty_one() -> None:
+    """lm-eval moves the blanks that end a context to what follows: here nothing is left."""
+    found = adapter().loglikelihood([ask("\n", "b"), ask("", "\nb")], disable_tqdm=True)
+    assert found[0] == found[1]
 
 
 def test_a_long_context_loses_its_beginning() -> None:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tokenizers
@@ -95,6 +96,15 @@ def test_bits_are_those_of_the_definition() -> None:
     assert found["position_edges"] == [0, 16, 32, 40] and len(found["position_bits"]) == 3
     everything = judge.bits(tasks.windows(book, 3, 40))
     assert found["position_bits"][2] == pytest.approx(everything[:, 32:].mean(), abs=1e-4)
+
+
+def test_a_begin_token_comes_before_every_row_and_is_not_asked_for() -> None:
+    task, begin = tasks.pairs(3, 2, 1)[2], ByteTokenizer.bos_id
+    logits = C.full(C.params, np.insert(task.tokens, 0, begin, axis=1)[:, :-1])[:, 1:]
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    bits = -np.take_along_axis(log_p, task.tokens[:, 1:, None], -1)[..., 0] / math.log(2)
+    found = Judge(C.model, C.params, ByteTokenizer(), rows=2, begin=begin).bits(task)
+    np.testing.assert_allclose(found, np.where(task.asked, bits, np.nan), atol=1e-4)
 
 
 def test_pairs_that_do_not_fit_are_left_out() -> None:

@@ -599,6 +599,18 @@ def test_a_run_that_diverges_is_a_result(tmp_path, monkeypatch):
     assert second.outcome == "diverged"
 
 
+def test_a_run_whose_measurements_break_down_is_a_result(tmp_path, monkeypatch):
+    """A record holds no NaN: such a run would be made again at every start, and never be done."""
+    own_corpus(tmp_path, monkeypatch)
+    found = {"test_bits_per_byte": math.nan, "needle_bits": [[1.0, math.inf]]}
+    monkeypatch.setattr(runner, "measure", lambda *_: found)
+    folders = runner.Folders(tmp_path / "results", tmp_path / "work", keep=True)
+    runner.work_through(SHORT_STUDY, SHORT, folders)
+    first, _ = records.read(folders.results)
+    assert (first.outcome, first.metrics) == ("diverged", {})
+    assert re.fullmatch(r"step \d+: test_bits_per_byte, needle_bits not finite", first.note)
+
+
 def test_a_run_that_does_not_fit_leaves_the_others_to_be_done(tmp_path, monkeypatch):
     own_corpus(tmp_path, monkeypatch)
 

@@ -194,7 +194,7 @@ def _short(settings: dict[str, Any]) -> str:
 
 
 def _name(config: RunConfig) -> str:
-    return config.model or Path(config.source).stem
+    return config.model or Path(config.source).name.removesuffix(".gguf")
 
 
 def _is_done(config: RunConfig, row: Row, settings: dict[str, Any]) -> bool:

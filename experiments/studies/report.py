@@ -21,9 +21,9 @@ BEGIN, END = "<!-- results: written by `report`, not by hand -->", "<!-- end of 
 _EVIDENCE = {
     "tiny": "**No evidence of quality**: models of 0.1 M parameters after a minute of text. It shows that the study "
             "runs from end to end.",
-    "nano": "Models of 1 M parameters, trained on 2 bytes a parameter or less: a hint about the first part of "
-            "training, and nothing of what large models do.",
-    "small": "Models of 30 M parameters, far from trained to the end.",
+    "nano": "Models of about 1 M parameters (of `scaling` 0.15 to 2.7 M), trained on 2 MB of text or less: a hint "
+            "about the first part of training, and nothing of what large models do.",
+    "small": "Models of about 30 M parameters (of `scaling` 5 to 59 M), far from trained to the end.",
 }
 
 

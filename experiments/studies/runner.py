@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.studies import corpus, records
 from experiments.studies.measure import measure
@@ -126,6 +127,8 @@ def execute(study: Study, scale: Scale, text: corpus.Corpus, run: Run, folder: P
         metrics = {"valid_bits_per_byte": result.metrics["eval_bits_per_byte"], **measure(scale, trained, text.test)}
         if study.measure is not None:
             metrics |= study.measure(scale, trained, text.test)
+        if bad := [name for name, value in metrics.items() if not np.all(np.isfinite(value))]:
+            outcome, note, metrics = "diverged", f"step {result.step}: {', '.join(bad)} not finite", {}
     return Record(scale.name, run.name, run.labels, identity(run.config), outcome, note, metrics, _curve(folder),
                   machine(time.perf_counter() - began), text.text)
 

@@ -40,7 +40,8 @@ class DataConfig:
     separate_documents: bool = True
     """Documents packed in one row do not see each other."""
     seed: int = 0
-    """Seed of the shuffle, below 2^32."""
+    """Seed of the shuffle, below 2^32. Epoch e is shuffled by seed + e: runs of several epochs that are to differ take
+    seeds that lie further apart."""
 
     def __post_init__(self) -> None:
         require_positive(self, "batch_size")

@@ -129,7 +129,9 @@ def save_pretrained(
     require(model_type in _MODEL_TYPES, "model_type", model_type, f"must be one of {', '.join(_MODEL_TYPES)}")
     family = _MODEL_TYPES[model_type]
     _refuse_unwritable(config, family)
-    values = {**family.write_config(config, model_type, context_length), "torch_dtype": dtype}
+    # Left out, the special tokens would be those of the architecture's first model.
+    values = {**family.write_config(config, model_type, context_length), "torch_dtype": dtype,
+              "eos_token_id": None, "bos_token_id": None}
     if family is step3 and config.tie_embeddings:
         config, params = dataclasses.replace(config, tie_embeddings=False), {**params, "unembed": params["embed"]}
     abstract = nn.unbox(_boxed(config))
@@ -165,7 +167,7 @@ def _refuse_unwritable(config: ModelConfig, family: ModuleType) -> None:
                                   f"trained with rope can be written")
     if config.inv_freq is not None:
         raise NotImplementedError("inv_freq: a config.json has one base and scaling for all layers and pairs; decode "
-                                  "this model with this library, or write the model that it was converted from")
+                                  "this model with this library, or write what it was converted from, if it was")
 
 
 def _boxed(config: ModelConfig) -> Any:

@@ -45,8 +45,8 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
 
     Raises:
       ValueError: a value is missing, of another type or makes no sense.
-      NotImplementedError: a bias where ours has none, a sliding window, an activation other than silu, quantized
-        weights, or a rope setting that ours does not have.
+      NotImplementedError: a bias where ours has none, a sliding window, attention to what follows, an activation other
+        than silu, quantized weights, or a rope setting that ours does not have.
     """
     family = FAMILIES[config["model_type"]]
     values = {**_DEFAULTS, **family.defaults, **config}
@@ -76,10 +76,14 @@ def _refuse_unsupported(values: Mapping[str, Any], family: Family) -> None:
         if values.get(name) not in (None, False):
             raise NotImplementedError(f"{name}={values[name]!r}: the model has no such thing; only checkpoints "
                                       f"without it can be read")
-    windowed = values.get("use_sliding_window", True) and values["sliding_window"] is not None
+    # Mistral has no switch for its window: `use_sliding_window` means nothing there.
+    switched_on = "sliding_window" in family.defaults or values.get("use_sliding_window", True)
+    windowed = switched_on and values["sliding_window"] is not None
     if windowed or any(kind != "full_attention" for kind in values.get("layer_types") or ()):
         raise NotImplementedError(f"sliding_window={values['sliding_window']!r}: every layer here attends to the whole "
                                   f"context; only checkpoints without a window can be read")
+    if values.get("is_causal") is False:  # embedding models; transformers and vLLM go by it
+        raise NotImplementedError("is_causal=False: every layer here is causal; only such checkpoints can be read")
     if values["hidden_act"] != "silu":
         raise NotImplementedError(f"hidden_act={values['hidden_act']!r}: the feed-forward is SwiGLU, only silu")
 

@@ -15,8 +15,9 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from mfa_jax.config import require
+from mfa_jax.config import RopeScaling, require
 from mfa_jax.data import HuggingFaceTokenizer
+from mfa_jax.positions import rope_frequencies
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _CONFIG_KEYS = {
@@ -45,6 +46,9 @@ _PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
 # Rules whose words are looked up in the vocabulary before any merge.
 _WHOLE_WORDS_FIRST = ("llama-bpe",)
 _CONTROL, _USER_DEFINED = 3, 4
+_NAME_ONE = "name a tokenizer.json (--tokenizer)"
+_LLAMA3_ORIGINAL = 8192
+"""Context of Llama 3 before it was extended, in tokens."""
 
 
 class Tensor:
@@ -95,7 +99,8 @@ def open_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[tuple[f
         parts = tensor.name.split(".")
         kind = parts[2] if parts[0] == "blk" and len(parts) > 2 else ""
         tensors[_hf_name(tensor.name)] = Tensor(tensor, heads.get(kind) if rotated else None)
-    return values, tensors, None if factors is None else _frequencies(values, factors)
+    inv_freq = None if factors is None else _frequencies(values, factors)
+    return values, tensors, inv_freq
 
 
 def read_tokenizer(path: Path) -> HuggingFaceTokenizer:
@@ -111,11 +116,11 @@ def read_tokenizer(path: Path) -> HuggingFaceTokenizer:
     kind, rules = (_value(reader, f"tokenizer.ggml.{name}") for name in ("model", "pre"))
     if kind != "gpt2" or rules not in _PRE_TOKENIZERS:
         raise NotImplementedError(f"tokenizer.ggml.model={kind!r}, pre={rules!r}: only byte-level BPE (gpt2) with the "
-                                  f"rules {', '.join(_PRE_TOKENIZERS)} can be rebuilt; give the tokenizer.json")
+                                  f"rules {', '.join(_PRE_TOKENIZERS)} can be rebuilt; {_NAME_ONE}")
     tokens, merges, kinds = (_value(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "token_type"))
     # Without types llama.cpp guesses from the spelling which tokens are special.
     for name, found in (("tokens", tokens), ("merges", merges), ("token_type", kinds)):
-        require(found is not None, f"tokenizer.ggml.{name}", None, "is missing from the file; give the tokenizer.json")
+        require(found is not None, f"tokenizer.ggml.{name}", None, f"is missing from the file; {_NAME_ONE}")
     require(len(kinds) == len(tokens), "tokenizer.ggml.token_type", f"{len(kinds)} types",
             f"must have one for each of {len(tokens)} tokens")
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -230,15 +235,27 @@ def _rope_scaling(reader: Any, name: str) -> dict[str, Any] | None:
     return rope if kind == "linear" else {**rope, "original_max_position_embeddings": original}
 
 
-def _frequencies(values: Mapping[str, Any], factors: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    """`base ** (-2 j / H) / factor_j`, the same for all layers: how files keep Llama 3.1's scaling."""
+def _frequencies(values: dict[str, Any], factors: np.ndarray) -> tuple[tuple[float, ...], ...] | None:
+    """`base ** (-2 j / H) / factor_j`, the same for all layers: how files keep Llama 3.1's scaling.
+
+    Where the factors are that scaling's, it is put into `values`; there and for factors of one the answer is None.
+    """
     for name in ("rope_theta", "num_hidden_layers"):
         require(name in values, name, None, "is missing from the file, which has factors of its rope frequencies")
     if values["rope_scaling"] is not None:
         raise NotImplementedError(f"rope_freqs.weight beside rope_scaling={values['rope_scaling']}: only one of them "
                                   f"can be read")
-    pairs = np.arange(len(factors), dtype=np.float64)
-    row = values["rope_theta"] ** (-pairs / len(factors)) / factors
+    if np.all(factors == 1):
+        return None
+    width, base = 2 * len(factors), values["rope_theta"]
+    row = rope_frequencies(width, base) / factors
+    # Files do not name the settings; all models of that scaling so far have these.
+    scaling = RopeScaling("llama3", max(1.0, float(factors.max())), _LLAMA3_ORIGINAL)
+    if np.allclose(row, rope_frequencies(width, base, scaling), rtol=1e-6, atol=0):
+        values["rope_scaling"] = {
+            "rope_type": "llama3", "factor": scaling.factor, "original_max_position_embeddings": _LLAMA3_ORIGINAL,
+            "low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+        return None
     return (tuple(row.astype(np.float32).tolist()),) * values["num_hidden_layers"]
 
 

@@ -106,6 +106,11 @@ def require_reducible(
                                   f"converted with as large a cache")
     full = a.num_kv_heads * a.head_dim * (2 if target == "mfa_kr" else 1)
     require(2 <= width < full and width % 2 == 0, "width", width, f"must be even and in 2 .. {full - 1}")
-    require(tokens.size >= 2 * a.num_heads * width, "calibration", tokens.size,
-            f"must have at least 2 N C = {2 * a.num_heads * width} tokens")
+    require(tokens.size >= tokens_needed(a, width), "calibration", tokens.size,
+            f"must have at least 2 N C = {tokens_needed(a, width)} tokens")
     return a
+
+
+def tokens_needed(attention: GQAConfig, width: int) -> int:
+    """How many tokens of calibration a fit with C = `width` needs: twice the rows of the output projection."""
+    return 2 * attention.num_heads * width

@@ -29,7 +29,9 @@ class Progress:
             require(load_json(dict, path) == what, "folder", str(folder),
                     "holds another conversion that was interrupted; repeat it with the same settings, or remove it")
         else:
-            path.write_text(json.dumps(what))
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(what))
+            partial.rename(path)
         states = (int(path.stem.removeprefix("state-")) for path in folder.glob("state-*.npz"))
         self.layers = max(states, default=-1) + 1
         """How many layers are done."""

@@ -59,12 +59,15 @@ def open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     The files are those of `model.safetensors.index.json`, else `model.safetensors`, else every `*.safetensors`.
 
     Raises:
-      ValueError: no such file, one that cannot be read, a name that two of them hold, or an index that is broken or
-        puts a tensor in another file than it lies in.
+      ValueError: no such file, one that cannot be read, a name that two of them hold, an index that is broken or
+        puts a tensor in another file than it lies in, or one beside a `model.safetensors` that it does not name.
     """
     weight_map = _weight_map(folder / INDEX) if (folder / INDEX).exists() else {}
     if weight_map:
         files = sorted(set(weight_map.values()))
+        # Engines differ in which they take.
+        require(SINGLE in files or not (folder / SINGLE).exists(), "checkpoint", str(folder),
+                f"must hold {SINGLE} or {INDEX} and its shards, not both: remove those that are not the model")
     elif (folder / SINGLE).exists():
         files = [SINGLE]
     else:
@@ -105,6 +108,9 @@ def write_tensors(
     Args:
       tensors: shape, and what makes the array, by name.
       dtype: what every tensor is stored as.
+
+    Raises:
+      ValueError: a number that is finite and would not be as `dtype`.
     """
     shards: list[list[str]] = [[]]
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, _) in tensors.items()}
@@ -115,11 +121,21 @@ def write_tensors(
     files = [SINGLE] if len(shards) == 1 else [
         f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for file, names in zip(files, shards, strict=True):
-        save_file({name: tensors[name][1]().astype(dtype) for name in names}, folder / file, metadata={"format": "pt"})
+        save_file({name: _cast(name, tensors[name][1](), dtype) for name in names}, folder / file,
+                  metadata={"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # told below, with the name
+        cast = array.astype(dtype)
+    lost = np.isfinite(array) & ~np.isfinite(cast)
+    require(not lost.any(), "dtype", str(dtype), f"{name} has {lost.sum()} numbers too large for it, up to "
+                                                 f"{np.abs(array[lost]).max(initial=0):g}; bfloat16 holds them")
+    return cast
 
 
 def shorten(names: Iterable[str]) -> str:

@@ -18,10 +18,11 @@ _END, _BEGIN = "<|endoftext|>", "<|startoftext|>"
 
 
 def pretrained_tokenizer(path: str | Path, name: str | None = None) -> Tokenizer:
-    """The tokenizer that lies in a checkpoint: in its folder, or inside a `.gguf` file.
+    """The tokenizer that lies in a checkpoint: in its folder, or inside a `.gguf` file or beside it.
 
     Args:
-      name: a file of the folder (`tokenizer.json`, a sentencepiece table `*.bin`); None for what it holds.
+      name: a file of the folder (`tokenizer.json`, a sentencepiece table `*.bin`), for a `.gguf` file of the folder
+        that it lies in, or the path of one; None for what the folder or the file holds.
 
     Raises:
       ValueError: there is none, or it cannot be read.
@@ -29,8 +30,7 @@ def pretrained_tokenizer(path: str | Path, name: str | None = None) -> Tokenizer
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        require(name is None, "tokenizer", name, "must be left out: a .gguf file holds its tokenizer")
-        return gguf_file.read_tokenizer(path)
+        return gguf_file.read_tokenizer(path) if name is None else load_tokenizer(path.parent / name)
     require(path.is_dir(), "checkpoint", str(path), "no such folder or .gguf file")
     held = sorted(file.name for file in path.iterdir())
     require(name is not None or SAVED in held or HuggingFaceTokenizer.FILE in held, "tokenizer", None,
@@ -52,7 +52,7 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> d
         given = {"eos_token": _END, "bos_token": _BEGIN}
     elif isinstance(tokenizer, HuggingFaceTokenizer):
         given = {"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token,
-                 "chat_template": tokenizer.chat_template}
+                 "pad_token": tokenizer.pad_token, "chat_template": tokenizer.chat_template}
     if given:
         named = {key: value for key, value in given.items() if value is not None}
         (folder / "tokenizer_config.json").write_text(json.dumps(

@@ -2,7 +2,7 @@
 
 Window i is tokens `i*T .. i*T+T` of the split (T inputs and, one to the right, T targets), so consecutive windows share
 one token and each token but the first is a target once an epoch. Training never reads what lies behind the last whole
-window, fewer than T tokens. Every epoch is shuffled anew from `config.seed`.
+window, fewer than T tokens. Every epoch is shuffled anew, by `config.seed` plus its number.
 The global batch of a step is the same for any number of processes, each of which reads its own rows of it.
 """
 

@@ -39,6 +39,8 @@ from mfa_jax.config import require
 log = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
+_LARGEST_WINDOW = 1 << 31
+"""Bytes that a .zst file may have its reader remember: `zstd --long=31`, the most there is."""
 OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 JSON_LINES = (".jsonl", ".ndjson")
@@ -188,7 +190,7 @@ def _zstandard_chunks(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as stream:
         frame, data = None, b""
         while data := data or stream.read(CHUNK_BYTES):
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
             if piece := frame.decompress(data):
                 yield piece
             data = frame.unused_data if frame.eof else b""

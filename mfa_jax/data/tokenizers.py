@@ -92,13 +92,14 @@ class HuggingFaceTokenizer:
     FILE = "tokenizer.json"
 
     def __init__(self, content: bytes, where: str, eos_token: str | None = None, bos_token: str | None = None,
-                 chat_template: str | None = None, end_ids: Sequence[int] = ()) -> None:
+                 chat_template: str | None = None, end_ids: Sequence[int] = (), pad_token: str | None = None) -> None:
         """Args:
           content: the bytes of the file.
           where: its name, for messages.
           eos_token, bos_token: the special tokens; None for the first of `end_ids`, or what is found by its name.
           chat_template: the Jinja template that a chat is written with.
           end_ids: what ends a text that the model writes, the end of a document or not.
+          pad_token: what others fill a batch with; handed on, and not read here.
 
         Raises:
           ValueError: not a tokenizer, no end-of-document token in its vocabulary, or an id outside it.
@@ -111,7 +112,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         self._content = content
-        self.chat_template = chat_template
+        self.chat_template, self.pad_token = chat_template, pad_token
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         for i in end_ids:
             require(self._tokenizer.id_to_token(i) is not None, "eos_token_id", i,
@@ -135,15 +136,17 @@ class HuggingFaceTokenizer:
 
         Special tokens not given come from `tokenizer_config.json`, then from their names; what else ends a text, from
         `eos_token_id` of `generation_config.json`, or else of `config.json`; the chat template from
-        `chat_template.jinja`, or else from `tokenizer_config.json`.
+        `chat_template.jinja`, or else from `tokenizer_config.json` (of several, that named `default`).
         """
         path = Path(path)
         beside, template = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
         named = read_json(beside) if beside.exists() else {}
         chat = read_bytes(template).decode() if template.exists() else named.get("chat_template")
+        if isinstance(chat, list):
+            chat = next((entry.get("template") for entry in chat if entry.get("name") == "default"), None)
         return cls(read_bytes(path), str(path), eos_token or _token_text(named.get("eos_token")),
                    bos_token or _token_text(named.get("bos_token")), chat if isinstance(chat, str) else None,
-                   _end_ids(path.parent))
+                   _end_ids(path.parent), _token_text(named.get("pad_token")))
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
@@ -173,7 +176,7 @@ class HuggingFaceTokenizer:
     def save(self, folder: str | Path) -> None:
         save_files(folder, "huggingface", self.fingerprint, {self.FILE: self._content},
                    eos_token=self.eos_token, bos_token=self.bos_token, chat_template=self.chat_template,
-                   end_ids=list(self.stop_ids))
+                   end_ids=list(self.stop_ids), pad_token=self.pad_token)
 
 
 def decode_after(tokenizer: Tokenizer, context: Sequence[int], ids: Sequence[int]) -> str:
@@ -257,7 +260,7 @@ def _load_saved(folder: Path) -> Tokenizer:
     elif saved.get("kind") == "huggingface":
         path = folder / HuggingFaceTokenizer.FILE
         tokenizer = HuggingFaceTokenizer(read_bytes(path), str(path), saved.get("eos_token"), saved.get("bos_token"),
-                                         saved.get("chat_template"), saved.get("end_ids", ()))
+                                         saved.get("chat_template"), saved.get("end_ids", ()), saved.get("pad_token"))
     else:
         raise ValueError(f"tokenizer={str(folder)!r}: kind={saved.get('kind')!r} in {SAVED}: "
                          f"must be one of bytes, huggingface, sentencepiece")

@@ -142,7 +142,11 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """The end of the context that fits before the continuation, whose last token is not read."""
+        """The end of the context that fits before the continuation, whose last token is not read.
+
+        A context of blanks alone is empty here: lm-eval moves them to the continuation.
+        """
+        context = context or [self.prefix_token_id]
         room = self.max_length + 1 - len(continuation)
         require(room >= 1, "max_length", self.max_length, f"must be at least {len(continuation)}, the tokens of a "
                                                           f"continuation")

@@ -29,12 +29,15 @@ class Judge:
     params: Any
     tokenizer: Tokenizer
     rows: int
+    begin: int | None = None
+    """Token that is put before every row; None for none."""
 
     def bits(self, task: tasks.Task) -> np.ndarray:
         """Of each target, `[B, T]`; nan where it is not asked for."""
-        parts = [np.asarray(_losses(self.model, self.params, task.tokens[i:i + self.rows]))
-                 for i in range(0, len(task.tokens), self.rows)]
-        return np.where(task.asked, np.concatenate(parts), np.nan)
+        tokens = task.tokens if self.begin is None else np.insert(task.tokens, 0, self.begin, axis=1)
+        parts = [np.asarray(_losses(self.model, self.params, tokens[i:i + self.rows]))
+                 for i in range(0, len(tokens), self.rows)]
+        return np.where(task.asked, np.concatenate(parts)[:, -task.asked.shape[1]:], np.nan)
 
     def bits_per_byte(self, task: tasks.Task) -> float:
         """Over all that is asked for; nan where the model gives one."""

@@ -22,7 +22,9 @@ from mfa_jax.data import documents
 from mfa_jax.data.sources import DAMAGE, OPENERS
 
 LETTERS = "ABCDEFGHIJ"
-_ARTICLE = re.compile(r"^ = [^=\n]+ = $", re.MULTILINE)
+# Between blank lines: an equation in an article looks the same.
+_BLANK = "\n \n"
+_ARTICLE = re.compile(f"(?<={_BLANK}) = [^=\n]+ = {_BLANK}")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------
@@ -76,7 +78,8 @@ def passages(
 
 
 def _articles(text: str) -> list[str]:
-    starts = [match.start() for match in _ARTICLE.finditer(text)]
+    starts = [match.start() - len(_BLANK) for match in _ARTICLE.finditer(_BLANK + text)]
+    require(bool(starts), "file", f"{len(text)} characters", "holds no heading ` = TITLE = ` of a WikiText article")
     return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
