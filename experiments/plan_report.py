@@ -85,6 +85,7 @@ LINES: Sequence[Line] = (
     *(Line(f"{DECODE}/step3-{v}", _step3(a), "v5p:4x4x4", "data=4,tensor=16", 128, 8192)
       for v, a in (("mfa", None), ("mla", _MLA16), ("mha", "mha"))),
     *(Line(f"{TRAIN}/paper-7b-{v}", _preset(f"paper-7b-{v}"), "v5p:4x4x4", "fsdp=64", 256, 4096) for v in _VARIANTS),
+    Line(f"{TRAIN}/paper-7b-mfa-fsdp16", _preset("paper-7b-mfa"), "v5p:4x4x4", "data=4,fsdp=16", 256, 4096),
     *(Line(f"{LONG}/base-{v}", _preset(f"base-{v}"), "v5p:2x2x2", "context=8", 1, 131072) for v in _VARIANTS),
     *(Line(f"{LONG}/paper-7b-{v}", _preset(f"paper-7b-{v}"), "v5p:4x4x4", "fsdp=4,context=16", 4, 131072)
       for v in ("mha", "mfa", "mfa-kr")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import chex
@@ -15,10 +16,10 @@ from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfa_jax import capacity
+from mfa_jax import axes, capacity
 from mfa_jax.config import MoEConfig, from_dict, to_dict
 from mfa_jax.layers import at_path, stacked_blocks
-from mfa_jax.model.dispatch import make_route, resolve_exchange, take_rows
+from mfa_jax.model.dispatch import experts_over_mesh, make_route, resolve_exchange, take_rows
 from mfa_jax.model.grouped import grouped_matmul, resolve
 from mfa_jax.model.layers import SwiGLU
 from mfa_jax.model.moe import MoE, Routing, route, updated_bias
@@ -358,6 +359,29 @@ def test_a_model_of_dense_and_expert_layers(name: str, variant: str) -> None:
     first, cache = step(params, tokens()[:, :6], init_cache(config, 3, 12))
     second, _ = step(params, tokens()[:, 6:], cache)
     chex.assert_trees_all_close(jnp.concatenate([first, second], axis=1), logits, rtol=1e-5, atol=3e-5)
+
+
+def test_gradients_of_experts_come_back_scattered() -> None:
+    """On each device its part of them, never the whole: over `fsdp` they are scattered, over `data` summed."""
+    r = np.random.default_rng(0)
+    B, T, A, E, D, F = 4, 6, 2, 4, 8, 6
+    shapes = ((B, T, D), (B, T, A), (E, D, F), (E, D, F), (E, F, D))
+    x, weights, *experts = (jnp.asarray(r.normal(size=shape), jnp.float32) for shape in shapes)
+    chosen = jnp.asarray(r.permuted(np.tile(np.arange(E), (B, T, 1)), axis=-1)[..., :A])
+
+    def loss(experts: Any) -> jax.Array:
+        return jnp.sum(experts_over_mesh(x, chosen, weights, experts)[0] ** 2)
+
+    expected = jax.jit(jax.grad(loss))(tuple(experts))
+    with jax.set_mesh(axes.make_mesh((2, 2, 2, 1, 1))):
+        program = str(jax.make_jaxpr(jax.grad(loss))(tuple(experts)))
+        found = jax.jit(jax.grad(loss))(tuple(experts))
+        with pytest.raises(ValueError, match="axis 'embed' of size 7 does not divide over mesh fsdp=2"):
+            experts_over_mesh(x[..., :7], chosen, weights, (experts[0][:, :7], experts[1][:, :7], experts[2][..., :7]))
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert program.count("reduce_scatter[") == 3
+    whole = rf"f32\[{E // 2},({D},{F}|{F},{D})\] = psum"
+    assert not re.search(whole, program), "only parts are summed"
 
 
 def test_where_blocks_lie() -> None:

@@ -2,7 +2,7 @@
 
 On a mesh every device sorts the choices of its own tokens by expert. Experts are split over the `expert` axis, so the
 rows for one device are neighbours: they travel there, meet their experts, and travel back; weights do not. Experts are
-gathered over `fsdp`, `tensor` splits their hidden width and results are summed over it.
+gathered over `fsdp`, and their gradients scattered; `tensor` splits their hidden width and results are summed over it.
 
 No expert has a capacity, so the buffer that receives has room for the worst case, all choices of all devices of the
 axis: `X M A` rows of D on each of X devices with M tokens. What travels in it is the exchange:
@@ -195,7 +195,7 @@ def experts_over_mesh(
     `context` where that divides it; the devices of the others hold the same tokens and compute the same.
 
     Raises:
-      ValueError: experts that do not divide over `expert`, or their width over `tensor`.
+      ValueError: experts that do not divide over `expert`, their width over `tensor`, or the model's over `fsdp`.
     """
     def local(x: Array, chosen: Array, weights: Array, experts: Any, exchange: str | None) -> tuple[Array, Array]:
         flat_x, flat_chosen, flat_weights = (v.reshape(-1, v.shape[-1]) for v in (x, chosen, weights))
@@ -205,7 +205,8 @@ def experts_over_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return local(x, chosen, weights, experts, None)
-    for name, size, axis in (("experts", experts[0].shape[0], AXIS), ("ffn", experts[0].shape[2], "tensor")):
+    E, D, F = experts[0].shape
+    for name, size, axis in (("experts", E, AXIS), ("embed", D, "fsdp"), ("ffn", F, "tensor")):
         if size % mesh.shape[axis]:
             raise ValueError(f"axis {name!r} of size {size} does not divide over mesh {axis}={mesh.shape[axis]}")
     rows: tuple[str, ...] = ()
@@ -218,11 +219,15 @@ def experts_over_mesh(
     way = resolve_exchange(exchange, default_device().platform) if mesh.shape[AXIS] > 1 else None
 
     def summed(x: Array, chosen: Array, weights: Array, experts: Any) -> tuple[Array, Array]:
+        # Gathered in here, gradients come back scattered over `fsdp`. By a gather before they would be summed over all
+        # devices that share a device's experts, whole on each, and cut only then.
+        experts = tuple(lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+                        for w, axis in zip(experts, (1, 1, 2), strict=True))
         y, served = local(x, chosen, weights, experts, way)
         return lax.psum(y, "tensor"), lax.psum(served, spread) if spread else served
 
     by_rows, whole = PartitionSpec(rows or None, sequence), PartitionSpec()
-    widen, narrow = PartitionSpec(AXIS, None, RULES.ffn), PartitionSpec(AXIS, RULES.ffn, None)
+    widen, narrow = RULES.spec("experts", "embed", "ffn"), RULES.spec("experts", "ffn", "embed")
     # Without the check of replication, which the kernels do not carry.
     return jax.shard_map(
         summed, in_specs=(by_rows, by_rows, by_rows, (widen, widen, narrow)), out_specs=(by_rows, whole),

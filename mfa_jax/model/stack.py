@@ -23,6 +23,8 @@ _CHEAP = frozenset("""
     rsqrt select_n sharding_constraint sign sin slice split sqrt square squeeze stop_gradient sub tanh transpose
     """.split())
 """Primitives that a compiler fuses into what reads their result."""
+_GATHERED = "all_gather"
+"""Makes weights whole that are split over devices: kept, those of all layers would be whole at once."""
 
 
 def _costly(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -31,7 +33,7 @@ def _costly(primitive: Any, *_: Any, **__: Any) -> bool:
     The rest is computed again, which costs less than to write and read it: a scan over layers fills the arrays that it
     keeps with zeros, copies each layer's part in, and out again.
     """
-    return primitive.name not in _CHEAP
+    return primitive.name != _GATHERED and primitive.name not in _CHEAP
 
 
 REMAT_POLICIES: dict[str, Any] = {
