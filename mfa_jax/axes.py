@@ -73,7 +73,7 @@ def make_mesh(sizes: Sequence[int] | None = None, devices: Sequence[Any] | None 
     """A mesh over all devices with the axes of `MESH_AXES`; one size may be -1 (the rest), None is `(-1, 1, 1, 1, 1)`.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or are not positive but for one of -1.
       NotImplementedError: TPUs of several slices.
     """
     devices = jax.devices() if devices is None else devices
@@ -84,6 +84,8 @@ def make_mesh(sizes: Sequence[int] | None = None, devices: Sequence[Any] | None 
         raise NotImplementedError(f"mesh: the {count} TPUs are of {len(slices)} slices; accepted: those of one slice, "
                                   f"since no mesh axis is laid over the network between slices")
     shape = list(sizes) if sizes is not None else [-1, 1, 1, 1, 1]
+    if shape.count(-1) > 1 or any(size < 1 for size in shape if size != -1):
+        raise ValueError(f"mesh {tuple(shape)}: sizes must be positive, but for one that may be -1, the rest")
     if -1 in shape:
         rest = math.prod(s for s in shape if s != -1)
         shape[shape.index(-1)] = max(count // rest, 1)

@@ -91,7 +91,7 @@ class Cache:
         return dataclasses.replace(self, **streams, **scales)
 
     def check_room(self, tokens: int) -> None:
-        """Refuses more tokens at once than a row can hold."""
+        """Raises `ValueError` for more tokens at once than a row can hold."""
         if tokens > self.capacity:
             raise ValueError(f"{tokens} tokens do not fit into a cache of {self.capacity}; allocate at least {tokens}")
 
@@ -100,8 +100,13 @@ class Cache:
 
         Args:
           start: position of the first token that these arrays have room for, where they are one shard of a sequence;
-            tokens outside the shard are left out.
+            tokens outside the shard are left out. An integer where they are no shard.
+
+        Raises:
+          ValueError: more tokens than a row holds.
         """
+        if isinstance(start, int):
+            self.check_room(new[0].shape[-2])
         rows, tokens = jnp.arange(self.length.shape[0])[:, None], new[0].shape[-2]
         columns = self.length[:, None] + jnp.arange(tokens) - start
         # An index below zero would count from the end.

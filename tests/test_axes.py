@@ -36,6 +36,12 @@ def test_mesh_that_does_not_multiply_is_refused(sizes: tuple) -> None:
         axes.make_mesh(sizes)
 
 
+@pytest.mark.parametrize("sizes", [(0, -1, 1, 1, 1), (-1, -1, 1, 1, 1), (-2, 1, 1, 1, 4)])
+def test_sizes_of_a_mesh_are_positive(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"mesh \(.*: sizes must be positive, but for one that may be -1"):
+        axes.make_mesh(sizes)
+
+
 def test_constrain_without_a_mesh_does_nothing() -> None:
     x = jnp.ones((2, 3))
     assert axes.constrain(x, "batch", "act_embed") is x

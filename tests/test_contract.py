@@ -261,10 +261,25 @@ def test_a_cache_that_overflows_says_so() -> None:
     with pytest.raises(ValueError, match="9 tokens do not fit into a cache of 6"):
         c.step(c.params, tokens(), init_cache(c.config, B, 6))
     cache = attention.init_cache(ATTENTION["mfa"], 2, 4).with_length(jnp.array([2, 3]))
+    with pytest.raises(ValueError, match="5 tokens do not fit into a cache of 4"):
+        cache.append(jnp.ones((2, 5, 16)), jnp.ones((2, 5, 16)))
     one = jnp.ones((2, 2, 16))
     cache = cache.append(one, one)
     chex.assert_trees_all_equal(cache.overflowed, jnp.array([False, True]))
     chex.assert_trees_all_equal(cache.k[:, :, 0], jnp.array([[0.0, 0, 1, 1], [0, 0, 0, 1]]))
+
+
+@pytest.mark.parametrize("variant", ["gqa", "mla", "mfa", "mfa_kr"])
+def test_positions_that_are_all_shifted_change_nothing_with_a_cache(variant: str) -> None:
+    """MFA-KR does not read them: its keys are cached before rope, at their row index."""
+    c = compiled(model_config(variant))
+    module = attention.build(c.config.attention, c.config.position)
+    x = jax.random.normal(jax.random.key(3), (2, 7, c.config.model_dim))
+    positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
+    p = nn.unbox(module.init(jax.random.key(0), x, positions))
+    wanted, _ = module.apply(p, x, positions)
+    found, _ = module.apply(p, x, positions + 5, None, attention.init_cache(c.config.attention, 2, 8))
+    chex.assert_trees_all_close(found, wanted, atol=2e-5)
 
 
 def test_mfa_with_an_identity_like_factorization_is_mqa() -> None:

@@ -8,6 +8,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import chex
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -197,6 +198,15 @@ def test_lengths_are_signed(dtype: Any) -> None:
     with pytest.raises(ValueError, match=f"lengths.dtype='{jnp.dtype(dtype)}': must be a signed integer"):
         decode.averages(**{**dict.fromkeys(names), **call, "lengths": call["lengths"].astype(dtype)},
                         implementation="xla")
+
+
+def test_narrow_lengths_reach_the_end_of_a_long_cache() -> None:
+    call = make("mfa", "none", S=300, lengths=(3, 120))
+    wanted = decode_attention(**call)
+    narrow = {**call, "lengths": call["lengths"].astype(jnp.int8)}
+    for found in (decode_attention(**narrow), jax.jit(functools.partial(decode_attention, scale=call["scale"]))(
+            call["q"], call["k"], call["v"], narrow["lengths"])):
+        chex.assert_trees_all_close(found, wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "cache_dtype", "precision"), [

@@ -105,6 +105,14 @@ def test_lengths_outside_the_cache_are_those_of_a_shard() -> None:
     assert np.abs(np.asarray(out[1, 1]) - oracle(single)[0][1, 0]).max() < 2e-5
 
 
+@pytest.mark.parametrize("chip", ["TPU v5e", "TPU v5p"])
+@pytest.mark.parametrize("lengths", [(600, 600, 10), (385, 50, 0), (600, 600, 600)])
+def test_every_row_longer_than_its_shard_is_written(lengths: tuple[int, ...], chip: str) -> None:
+    """Its last block ends before its length does."""
+    call = make("mfa", "none", lengths=tuple(min(length, 384) for length in lengths), S=384)
+    assert_equals_the_loop(call, run({**call, "lengths": jnp.array(lengths)}, chip=chip))
+
+
 @pytest.mark.parametrize("S", [2048, 16384])
 @pytest.mark.parametrize("variant", ["mfa", "mfa_kr", "mla"])
 def test_bytes_read_are_those_of_the_valid_keys(variant: str, S: int) -> None:

@@ -83,6 +83,27 @@ def test_the_tpu_kernel_serves_every_layout(variant: str, layout: str) -> None:
     chex.assert_trees_all_close(out, wanted, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "layout"), [((1, 1, 1, 1, 2), "sequence"), ((1, 1, 1, 2, 1), "auto")])
+def test_the_tpu_kernel_serves_rows_that_go_on_in_the_next_shard(sizes: tuple[int, ...], layout: str) -> None:
+    """Each of two devices holds a block of 128 positions, and rows that are longer."""
+    q, cache, new, options = make("mfa", 1, "float32", S=256)
+    cache = cache.with_length(jnp.array([200, 250, 127, 128, 129, 254, 0, 255]))
+    wanted, _ = cached_attention(q, cache, new, serving=Serving(), **options)
+    with jax.set_mesh(axes.make_mesh(sizes, jax.devices()[:2])):
+        serving = Serving(decode="mosaic_tpu_interpret", layout=layout)
+        out, _ = jax.jit(lambda *a: cached_attention(*a, serving=serving, **options))(q, cache, new)
+    chex.assert_trees_all_close(out, wanted, atol=2e-5, rtol=2e-5)
+
+
+def test_a_row_past_its_end_is_refused_on_a_mesh_as_without_one() -> None:
+    q, cache, new, options = make("mfa", 2, "float32")
+    cache = cache.with_length(jnp.full(B, S - 1))
+    for mesh in (contextlib.nullcontext(), jax.set_mesh(axes.make_mesh((2, 1, 1, 1, 4)))):
+        with mesh, pytest.raises(ValueError, match=r"lengths=\[17, .*must be in 0 .. 16, the keys allocated"):
+            cached_attention(q, cache, new, serving=Serving(), **options)
+
+
 @pytest.mark.parametrize(("layout", "share", "exchanged"), [
     ("heads", 1, set()), ("batch", 4, {"all-to-all"}), ("sequence", 4, {"all-gather", "all-reduce", "reduce-scatter"}),
 ])

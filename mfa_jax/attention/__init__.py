@@ -5,6 +5,7 @@
     y, cache = module.apply({"params": params}, x, positions, segments=None, cache=None, inv_freq=None)
 
 `x [B, T, D]`, `positions [B, T]`; training passes no cache, prefill and decoding pass one and get the new one back.
+Positions may be any but for MFA-KR with a cache of keys before rope, where a token stands at its row's index.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def cached_attention(
     that query i sees: the result and the new cache.
 
     Query t of row b stands at `i = cache.length[b] + t` and sees `j <= i`. A row past the end of its cache sees all of
-    it under `jit`; a decode kernel that is given its length outside `jit` refuses it. Where a mesh is set, the cache
+    it under `jit`; outside `jit`, where its length is known, it is refused. Where a mesh is set, the cache
     lies on it as `kernels.sharded.choose` says, before and after.
 
     Args:
@@ -58,6 +58,10 @@ def cached_attention(
         raise NotImplementedError("segments with a cache: packed documents are not decoded from one cache row")
     _, T, N, _ = q.shape
     cache.check_room(T)
+    if T <= MAX_QUERIES and not isinstance(cache.length, jax.core.Tracer):
+        lengths = cache.length + T
+        if bool(jnp.any(lengths > cache.capacity)):
+            raise ValueError(f"lengths={lengths.tolist()}: must be in 0 .. {cache.capacity}, the keys allocated")
     sizes, layout = sharded.mesh_sizes(), _layout(cache, N, serving)
 
     def append(cache: C, new: tuple[Array, ...]) -> C:

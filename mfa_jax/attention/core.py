@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import Any
@@ -125,6 +126,8 @@ def resolve(
     if reason is not None:
         # `context` takes tokens in an order that only a training step lays them in.
         able = [name for name in IMPLEMENTATIONS if name != "context" and obstacle(name) is None]
+        if importlib.util.find_spec("tokamax") is None and "tokamax" in able:
+            able.remove("tokamax")
         raise NotImplementedError(f"implementation={implementation!r}: {reason}; use one of auto, {', '.join(able)}")
     return implementation
 

@@ -39,7 +39,8 @@ class MFAKR(nn.Module):
     ever gets a gradient, and values stay the keys. Other starts: `alpha_init_scale`, `n_kr_init_diagonal`.
 
     With a cache no value is ever formed: attention averages the cached keys, `u = sum_j a_j k_j`, and since the value
-    is a linear map of the key, `o = u + alpha * (N_kr u)`.
+    is a linear map of the key, `o = u + alpha * (N_kr u)`. Keys that are cached before rope stand at their row index,
+    and with them the queries: `positions` are not read then.
     """
 
     config: MFAKRConfig
@@ -69,7 +70,9 @@ class MFAKR(nn.Module):
             return key + alpha * jnp.einsum("...C,cC->...c", key, N_kr)
 
         encoding = Encoding(self.position, C, N, inv_freq)
-        q = encoding.rotate(factored_queries(self, c, x, types), positions, head_axis=2)
+        cached_raw = cache is not None and c.reuse == "pre_rope"
+        places = cache.length[:, None] + jnp.arange(x.shape[1]) if cached_raw else positions
+        q = encoding.rotate(factored_queries(self, c, x, types), places, head_axis=2)
         key = linear(x, S_k)
         if c.reuse == "post_rope":
             key = encoding.rotate(key, positions)

@@ -101,6 +101,8 @@ def averages(
 ) -> tuple[Float[Array, "B T N h"], Float[Array, "B T N"]]:
     """`decode_attention` before its result is rounded: averages in float32, or in `dtype` already where the backend
     rounds itself, and log-sum-exps."""
+    if jnp.issubdtype(lengths.dtype, jnp.signedinteger):
+        lengths = lengths.astype(jnp.int32)  # a narrow type does not hold S, with which they are compared
     _check(q, k, v, lengths, rope, alibi_slopes, k_scale, v_scale, value_width)
     B, T, N, H = q.shape
     K = k.shape[1] if k.ndim == 4 else 1

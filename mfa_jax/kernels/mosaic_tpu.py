@@ -195,7 +195,8 @@ def _kernel(plan: Plan, work: Work, refs: dict[str, Any], arrays: tuple[str, ...
         length = work.length[item.row]
         attend(plan, refs, lax.rem(i, _SLOTS), item.block * plan.block, length)
 
-        @pl.when(((item.block + 1) * plan.block >= length) | (i == items - 1))
+        # A row may be longer than what is held here, a shard of it: its last block is then the last there is.
+        @pl.when(((item.block + 1) * plan.block >= jnp.minimum(length, plan.S)) | (i == items - 1))
         def _() -> None:
             total = refs["total"][...].sum(axis=1, keepdims=True)
             none = total == 0

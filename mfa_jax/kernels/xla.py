@@ -1,8 +1,10 @@
 """The portable decode kernel: plain JAX, an online softmax over blocks, in a loop that ends at the longest length.
 
 A step takes time for what is valid, not for what is allocated: rows of 512 tokens in a cache of 8192 cost what they
-cost in a cache of 512. Where keys are stored before rope, block `j0` uses `R(i) q . R(j) k = (R(-j0) R(i) q) .
-(R(j - j0) k)`: the query is turned back by the start of the block, and keys by their offset in it, from one table.
+cost in a cache of 512. On CPUs that is so for float32 and int8: XLA has no scatter of bfloat16 and float8 there, and
+converts the whole cache, in every step, to write and to read it. Where keys are stored before rope, block `j0` uses
+`R(i) q . R(j) k = (R(-j0) R(i) q) . (R(j - j0) k)`: the query is turned back by the start of the block, and keys by
+their offset in it, from one table.
 """
 
 from __future__ import annotations
