@@ -70,9 +70,9 @@ class MFAKR(nn.Module):
             return key + alpha * jnp.einsum("...C,cC->...c", key, N_kr)
 
         encoding = Encoding(self.position, C, N, inv_freq)
-        cached_raw = cache is not None and c.reuse == "pre_rope"
-        places = cache.length[:, None] + jnp.arange(x.shape[1]) if cached_raw else positions
-        q = encoding.rotate(factored_queries(self, c, x, types), places, head_axis=2)
+        if cache is not None and c.reuse == "pre_rope":
+            positions = cache.length[:, None] + jnp.arange(x.shape[1])
+        q = encoding.rotate(factored_queries(self, c, x, types), positions, head_axis=2)
         key = linear(x, S_k)
         if c.reuse == "post_rope":
             key = encoding.rotate(key, positions)
