@@ -43,6 +43,9 @@ _PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
     "llama-bpe": [pre_tokenizers.Split(Regex(_WORDS % r"\p{N}{1,3}"), "isolated"), _BYTES],
     "qwen2": [pre_tokenizers.Split(Regex(_WORDS % r"\p{N}"), "isolated"), _BYTES],
 }
+# Other names that llama.cpp has for the same rules.
+_SAME_RULES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "pixtral": "llama-bpe",
+               "deepseek-r1-qwen": "qwen2"}
 # Rules whose words are looked up in the vocabulary before any merge.
 _WHOLE_WORDS_FIRST = ("llama-bpe",)
 _CONTROL, _USER_DEFINED = 3, 4
@@ -114,9 +117,10 @@ def read_tokenizer(path: Path) -> HuggingFaceTokenizer:
     """
     reader = _reader(path)
     kind, rules = (_value(reader, f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    rules = _SAME_RULES.get(rules, rules)
     if kind != "gpt2" or rules not in _PRE_TOKENIZERS:
         raise NotImplementedError(f"tokenizer.ggml.model={kind!r}, pre={rules!r}: only byte-level BPE (gpt2) with the "
-                                  f"rules {', '.join(_PRE_TOKENIZERS)} can be rebuilt; {_NAME_ONE}")
+                                  f"rules {', '.join([*_PRE_TOKENIZERS, *_SAME_RULES])} can be rebuilt; {_NAME_ONE}")
     tokens, merges, kinds = (_value(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "token_type"))
     # Without types llama.cpp guesses from the spelling which tokens are special.
     for name, found in (("tokens", tokens), ("merges", merges), ("token_type", kinds)):
