@@ -52,6 +52,7 @@ class ChatConfig(DecodingConfig):
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "must be at least 1")
         require(self.capacity > self.max_new_tokens, "capacity", self.capacity,
                 f"must be above max_new_tokens={self.max_new_tokens}")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0 .. 2^32 - 1")
         self.sampling(1)
 
     def sampling(self, vocab_limit: int) -> SamplingConfig:

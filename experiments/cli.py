@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import absl.logging
+import jax
 import tyro
 
 from mfa_jax.config import from_dict, load_json, to_dict
@@ -43,8 +44,8 @@ def run(main: Callable[[], object], label: Callable[[], str] = str) -> None:
 
     Raises:
       SystemExit: with one line `error: ...` on stderr, code 2 after a `ValueError`, a `NotImplementedError`, a
-        `MemoryError` or an `OSError` that the user can mend (disk full, read-only, missing), code 1 after an
-        `ArithmeticError` of ours (`NonFiniteError`); code 130 after Ctrl-C.
+        `MemoryError`, a device without memory or an `OSError` that the user can mend (disk full, read-only, missing),
+        code 1 after an `ArithmeticError` of ours (`NonFiniteError`); code 130 after Ctrl-C, 141 where nobody reads.
     """
     # Orbax logs the traceback of a save that failed from its own thread; the error itself reaches us and is one line.
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -54,6 +55,14 @@ def run(main: Callable[[], object], label: Callable[[], str] = str) -> None:
         main()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # who read has enough; what is flushed at the end would fail, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except jax.errors.JaxRuntimeError as error:
+        if sys.flags.dev_mode or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: {label()}{_describe(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
     except (ValueError, NotImplementedError, OSError, ArithmeticError, MemoryError) as error:
         not_ours = isinstance(error, _MISTAKES) or (isinstance(error, OSError) and error.errno not in _USER_ERRNO)
         if sys.flags.dev_mode or not_ours:
@@ -87,8 +96,8 @@ def parse(
     docstring under the field. `--preset NAME` replaces the field `model` by `presets(NAME)` and records the name in
     `preset`. The JSON file holds some or all fields; what it leaves out stays as it was, except that an object of
     another `kind` is replaced as a whole, and that a file with a `preset` and no `model` stands for the flag, where
-    that is not given. A field whose flag may be given several times (`UseAppendAction`) takes the
-    values of its flags in place of those it had.
+    that is not given, as does one with a part of a `model`. `none` is no value where a field may have none. A field
+    whose flag may be given several times (`UseAppendAction`) takes the values of its flags in place of those it had.
 
     Args:
       config_type: a frozen dataclass; bool fields are flags `--name` and `--no-name`.
@@ -109,9 +118,13 @@ def parse(
     file = {} if path is None else load_json(dict, path)
     if presets is not None:
         args, preset = take(args, "--preset")
-        if "model" not in file and isinstance(file.get("preset"), str):
-            named = file.pop("preset")
+        named = file.get("preset")
+        if isinstance(named, str) and not _is_whole(config_type, file.get("model")):
+            file.pop("preset")
             preset = named if preset is None else preset
+        elif preset is not None and named not in (None, preset):
+            raise ValueError(f"preset={preset!r}: the file of --config holds the model of preset={named!r}; "
+                             f"give one of them, or flags of --model")
         if preset is not None:
             base: Any = config_type() if default is None else default
             start = dataclasses.replace(base, preset=preset, model=presets(preset))
@@ -120,6 +133,7 @@ def parse(
     lists = {} if start is None else {name: getattr(start, name) for name in _appended(config_type)}
     start = tyro.MISSING_NONPROP if start is None else dataclasses.replace(start, **dict.fromkeys(lists, ()))
     wants_help = "-h" in args or "--help" in args
+    args = _none_spelled(args, config_type if start is tyro.MISSING_NONPROP else start)
     parsed: Any
     with contextlib.nullcontext() if wants_help else _errors_as_exceptions():
         parsed, unknown = tyro.cli(config_type, args=args, default=start, description=description,
@@ -128,6 +142,35 @@ def parse(
         raise ValueError(_unknown_message(unknown, parsed))
     kept = {name: values for name, values in lists.items() if not getattr(parsed, name)}
     return dataclasses.replace(parsed, **kept) if kept else parsed
+
+
+def _is_whole(config_type: Any, model: Any) -> bool:
+    """Whether an object of a file has every field of the model: it was saved, and not written to change some."""
+    field = get_type_hints(config_type).get("model")
+    return isinstance(model, dict) and dataclasses.is_dataclass(field) and {
+        f.name for f in dataclasses.fields(field)} <= model.keys()
+
+
+def _none_spelled(args: list[str], config: Any) -> list[str]:
+    """`none` as tyro spells it, where the field of a flag may be None and has no value of that name."""
+    found, flag = [], ""
+    for item in args:
+        name, equals, value = item.partition("=") if item.startswith("--") else (flag, "", item)
+        if value == "none" and _may_be_none(config, name.removeprefix("--").replace("-", "_").split(".")):
+            item = f"{name}=None" if equals else "None"
+        flag = item if item.startswith("--") and not equals else ""
+        found.append(item)
+    return found
+
+
+def _may_be_none(config: Any, path: list[str]) -> bool:
+    kind = config if isinstance(config, type) else type(config)
+    if not dataclasses.is_dataclass(kind) or path[0] not in (hints := get_type_hints(kind)):
+        return False
+    if len(path) > 1:
+        inner = hints[path[0]] if isinstance(config, type) else getattr(config, path[0])
+        return _may_be_none(inner, path[1:])
+    return type(None) in get_args(hints[path[0]]) and "'none'" not in str(hints[path[0]])
 
 
 def _appended(config_type: Any) -> list[str]:

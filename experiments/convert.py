@@ -195,7 +195,7 @@ def convert(config: ConvertConfig, model: ModelConfig, params: Any, tokenizer: T
         f"layer {layer.layer + 1} of {model.num_layers}: misses {layer.refitted_error:.3f} of its output's mean square",
         file=sys.stderr)}
     rows = calibration_rows(config, tokenizer, count)
-    require_reads(model, params, rows[:1])
+    require_reads(model, params, rows[:4])
     if config.method == "key_pca":
         return key_pca(model, params, rows, **common)
     return reduce_gqa(model, params, rows, target="mfa" if config.to == "mfa" else "mfa_kr", ridge=config.ridge,
@@ -204,9 +204,13 @@ def convert(config: ConvertConfig, model: ModelConfig, params: Any, tokenizer: T
 
 def require_reads(model: ModelConfig, params: Any, rows: np.ndarray) -> None:
     """Raises `ValueError` where a model predicts text no better than a guess: another tokenizer's tokens."""
-    logits = jax.jit(Transformer(model).apply)({"params": params}, rows)[0]
-    loss = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(rows)[:, 1:, None], axis=-1).mean()
-    require(bool(loss < math.log(model.vocab_size)), "tokenizer", f"{float(loss):.2f} nats a token",
+    @jax.jit
+    def nats(params: Any, row: jax.Array) -> jax.Array:
+        logits = Transformer(model).apply({"params": params}, row[None])[0][0]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), row[1:, None], axis=-1).mean()
+
+    loss = float(np.mean([nats(params, jnp.asarray(row)) for row in rows]))
+    require(loss < math.log(model.vocab_size), "tokenizer", f"{loss:.2f} nats a token",
             f"is what the model makes of the calibration text, a guess among vocab_size={model.vocab_size} makes "
             f"{math.log(model.vocab_size):.2f}: the tokenizer must be the one that the model was trained with")
 

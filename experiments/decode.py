@@ -98,6 +98,7 @@ def _with_kernel(config: DecodeConfig, trained: Trained) -> Trained:
 def main() -> None:
     config = parse(DecodeConfig)
     require(config.max_new_tokens >= 1, "max_new_tokens", config.max_new_tokens, "must be at least 1")
+    require(0 <= config.seed < 2**32, "seed", config.seed, "must be in 0 .. 2^32 - 1")
     config.sampling(1)  # refuses what cannot work before anything is loaded
     trained = load_trained(config.workdir, step=config.step, ema=config.ema)
     for step, reason in trained.skipped.items():
@@ -108,7 +109,10 @@ def main() -> None:
         return
     for line in sys.stdin:
         if line.strip("\n"):
-            _decode(config, trained, (line.strip("\n"),))
+            try:
+                _decode(config, trained, (line.strip("\n"),))
+            except ValueError as error:  # too long for the cache, say; the next line may not be
+                print(f"error: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import absl.logging
+import jax
 import pytest
 import tyro
 from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments import cli
-from mfa_jax.config import GQAConfig, MFAConfig, ModelConfig, TrainConfig, to_json
+from mfa_jax.config import GQAConfig, MFAConfig, ModelConfig, OptimizerConfig, TrainConfig, to_json
 from mfa_jax.train.loop import NonFiniteError
 
 
@@ -99,8 +100,41 @@ def test_a_preset_of_a_file_is_that_of_the_flag(tmp_path: Path) -> None:
     path.write_text('{"preset": 5}')
     with pytest.raises(ValueError, match="config.preset=5: must be of type str"):
         cli.parse(TrainConfig, file, presets=preset)
-    path.write_text('{"preset": "large", "model": {"num_layers": 3}}')  # as a run saves it: the model counts
+    path.write_text('{"preset": "small", "model": {"num_layers": 3}}')
+    changed = cli.parse(TrainConfig, file, presets=preset)
+    assert changed.model == dataclasses.replace(preset("small"), num_layers=3) and changed.preset == "small"
+    whole = to_json(TrainConfig(preset="large", model=ModelConfig(num_layers=3)))  # as a run saves it: the model counts
+    path.write_text(whole)
     assert cli.parse(TrainConfig, file, presets=preset).model == ModelConfig(num_layers=3)
+    with pytest.raises(ValueError, match="preset='small': the file of --config holds the model of preset='large'"):
+        cli.parse(TrainConfig, [*file, "--preset", "small"], presets=preset)
+
+
+@pytest.mark.parametrize("flag", [["--ema-decay", "none"], ["--ema-decay=none"], ["--ema-decay", "None"]])
+def test_none_is_no_value(flag: list[str]) -> None:
+    """Messages spell it so. Where `none` is a value it stays one."""
+    saved = TrainConfig(ema_decay=0.9, optimizer=OptimizerConfig(clip_norm=1.0))
+    flags = [*flag, "--optimizer.clip-norm", "none", "--model.remat", "none", "--model.position.kind", "none"]
+    config = cli.parse(TrainConfig, flags, default=saved)
+    assert config.ema_decay is None and config.optimizer.clip_norm is None
+    assert config.model.remat == config.model.position.kind == "none"
+    with pytest.raises(ValueError, match="steps"):
+        cli.parse(TrainConfig, ["--steps", "none"], default=saved)
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    program = "from experiments import cli; cli.run(lambda: [print('x' * 1000, flush=True) for _ in range(10000)])"
+    command = f"{sys.executable} -c \"{program}\" | head -c 5; exit ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert (found.returncode, found.stdout, found.stderr) == (141, "xxxxx", "")
+
+
+def test_a_device_without_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(raising(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 40 bytes.")))
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: RESOURCE_EXHAUSTED: Out of memory")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        cli.run(raising(jax.errors.JaxRuntimeError("INTERNAL: a mistake")))
 
 
 def test_a_saved_config_comes_back(tmp_path: Path) -> None:

@@ -210,6 +210,9 @@ def test_of_several_chat_templates_the_default_is_taken(json_file, tmp_path):
     for templates, found in ((named, "b"), (named[:1], None), ("c", "c")):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
         assert load_tokenizer(tmp_path).chat_template == found
+    load_tokenizer(json_file).save(tmp_path / "saved")
+    (tmp_path / "saved" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "d"}))
+    assert load_tokenizer(tmp_path / "saved").chat_template == "d", "where none was saved, one can be added"
 
 
 def test_what_ends_a_text_is_what_the_files_beside_it_say(json_file, tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mfa_jax import axes
 from mfa_jax.data import ByteTokenizer
-from mfa_jax.generate import SamplingConfig, bucket, complete, generate, stream, stream_text
+from mfa_jax.generate import SamplingConfig, bucket, complete, encode_prompts, generate, stream, stream_text
 from mfa_jax.generate import loop as generate_loop
 from tests.contract import ATTENTION, V, compiled, model_config, tokens
 
@@ -75,7 +75,7 @@ def test_a_row_may_have_a_key_of_its_own() -> None:
     found = [generate(c.model, c.params, PROMPTS[rows], LENGTHS[rows], SamplingConfig(), key, max_new_tokens=NEW).tokens
              for rows, key in (([0, 1, 2], KEY), ([0, 1, 2], keys), ([2, 0, 1], keys[jnp.array([2, 0, 1])]))]
     assert found[0].tolist() == found[1].tolist() == found[2][np.array([1, 2, 0])].tolist()
-    with pytest.raises(ValueError, match=r"key=\(2,\): must be one key of jax.random.key, or 3, one for each row"):
+    with pytest.raises(ValueError, match=r"key=\(key<fry>, \(2,\)\): must be one key of jax.random.key, or 3"):
         generate(c.model, c.params, PROMPTS, LENGTHS, GREEDY, keys[:2], max_new_tokens=NEW)
 
 
@@ -131,6 +131,8 @@ def test_text_in_text_out() -> None:
     ids = np.array([[tokenizer.bos_id, *b"def f"]])
     found = generate(c.model, c.params, ids, [6], GREEDY, KEY, stop_tokens=[tokenizer.eos_id], **options)
     assert begun == [tokenizer.decode(np.asarray(found.tokens[0, : found.lengths[0]]).tolist())]
+    with pytest.raises(ValueError, match=r"texts='def f': must be a sequence of texts, not one text"):
+        encode_prompts(tokenizer, "def f")
     with pytest.raises(ValueError, match=r"texts=\[\]: must be at least one"):
         complete(c.model, c.params, tokenizer, [], sampling, KEY, **options)
 
@@ -190,6 +192,8 @@ def test_sharded_decoding_equals_one_device() -> None:
     ({"prompts": PROMPTS[0]}, r"prompts=\(7,\): must be token ids of shape"),
     ({"stop_tokens": np.zeros((2, 1), int)}, r"stop_tokens=\(2, 1\): must have 3 rows"),
     ({"stop_tokens": [1.5]}, r"stop_tokens='float64': must be integers"),
+    ({"stop_tokens": [V]}, r"stop_tokens=\[32\]: must be in -1 .. 31"),
+    ({"stop_tokens": np.array([2**32 + 3])}, r"stop_tokens=\[4294967299\]: must be in -1 .. 31"),
     ({"prompts": PROMPTS + 0.5}, r"prompts='float64': must be integers"),
     ({"prompts": PROMPTS.astype(np.int64) + 2**32}, r"token ids must be in 0 .. 31"),
     ({"lengths": LENGTHS.astype(np.int64) + 2**32}, r"must be in 1 .. 7"),

@@ -359,6 +359,34 @@ def test_another_model_in_the_same_workdir_is_refused(straight: tuple[TrainConfi
         train_on_one(dataclasses.replace(straight[0], steps=4))
 
 
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"optimizer": {"kind": "muon"}}, "optimizer.kind='muon': the run in .* has 'adamw'; accepted: that, or another"),
+    ({"optimizer": {"clip_norm": None}}, "optimizer.clip_norm=None: the run in .* has 1.0; accepted: another number"),
+    ({"data": {"batch_size": 4}}, "data.batch_size=4: the run in .* has 8; accepted: that"),
+    ({"data": {"seed": 3}}, "data.seed=3: the run in .* has 0; accepted: that"),
+    ({"ema_decay": None}, "ema_decay=None: the run in .* has 0.9; accepted: another number, or another workdir"),
+])
+def test_what_a_run_cannot_go_on_with_is_named_before_anything_is_compiled(
+    changes: dict, message: str, straight: tuple[TrainConfig, loop.TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts.Parts, "build", lambda *_: pytest.fail("compiled"))
+    changed = {name: dataclasses.replace(getattr(straight[0], name), **value) if isinstance(value, dict) else value
+               for name, value in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        train_on_one(dataclasses.replace(straight[0], steps=8, **changed))
+
+
+def test_a_text_without_a_window_is_refused_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts.Parts, "build", lambda *_: pytest.fail("compiled"))
+    (tmp_path / "short.txt").write_text("ab")
+    config = config_for(tmp_path / "run", tmp_path / "short.txt")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out=0))
+    with pytest.raises(ValueError, match=r"sequence_length=\d+: must be below the 3 tokens of the train split"):
+        train_on_one(config)
+
+
 def test_a_run_goes_on_with_its_own_tokenizer_or_not_at_all(
     corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -57,11 +57,7 @@ def cached_attention(
     if segments is not None:
         raise NotImplementedError("segments with a cache: packed documents are not decoded from one cache row")
     _, T, N, _ = q.shape
-    cache.check_room(T)
-    if T <= MAX_QUERIES and not isinstance(cache.length, jax.core.Tracer):
-        lengths = cache.length + T
-        if bool(jnp.any(lengths > cache.capacity)):
-            raise ValueError(f"lengths={lengths.tolist()}: must be in 0 .. {cache.capacity}, the keys allocated")
+    _require_room(cache, T)
     sizes, layout = sharded.mesh_sizes(), _layout(cache, N, serving)
 
     def append(cache: C, new: tuple[Array, ...]) -> C:
@@ -94,6 +90,14 @@ def cached_attention(
     out = attend(q, turned, values[0] if values else k, scale=scale, offset=offset, alibi_slopes=alibi_slopes,
                  implementation=serving.prefill)
     return out[..., :value_width], cache
+
+
+def _require_room(cache: Cache, T: int) -> None:
+    cache.check_room(T)
+    if T <= MAX_QUERIES and not isinstance(cache.length, jax.core.Tracer):
+        lengths = cache.length + T
+        if bool(jnp.any(lengths > cache.capacity)):
+            raise ValueError(f"lengths={lengths.tolist()}: must be in 0 .. {cache.capacity}, the keys allocated")
 
 
 def placement(cache: C, num_heads: int, serving: Serving) -> C:

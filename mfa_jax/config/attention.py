@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from mfa_jax.config.checks import require, require_positive
@@ -49,7 +50,7 @@ class PositionConfig:
     """Context extension of the rope frequencies; None for none."""
 
     def __post_init__(self) -> None:
-        require(self.base > 1, "base", self.base, "must exceed 1")
+        require(1 < self.base < math.inf, "base", self.base, "must exceed 1, and be finite")
         require(self.scaling is None or self.kind == "rope", "scaling", self.scaling,
                 f"only kind='rope' can be scaled, not kind={self.kind!r}")
 
@@ -74,7 +75,7 @@ class GQAConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "num_kv_heads", "head_dim")
-        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
+        require(0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "must be positive and finite")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
 
@@ -113,7 +114,7 @@ class MLAConfig:
         require_positive(self, "num_heads", "nope_dim", "rope_dim", "value_dim", "latent_dim")
         require(self.query_rank is None or self.query_rank >= 1, "query_rank", self.query_rank,
                 "must be at least 1, or none")
-        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
+        require(0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "must be positive and finite")
 
     @property
     def variant(self) -> str:
@@ -143,7 +144,7 @@ class MFAConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "latent_dim", "query_rank")
-        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
+        require(0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "must be positive and finite")
 
     @property
     def variant(self) -> str:
@@ -183,7 +184,7 @@ class MFAKRConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_heads", "latent_dim", "query_rank")
-        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
+        require(0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "must be positive and finite")
         for name in ("alpha_init_scale", "n_kr_init_scale"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
 

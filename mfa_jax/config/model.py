@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from mfa_jax.config.attention import AttentionConfig, MFAConfig, PositionConfig
@@ -66,7 +67,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "num_layers", "model_dim", "ffn_dim")
-        require(self.norm_eps > 0, "norm_eps", self.norm_eps, "must be positive")
+        require(0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "must be positive and finite")
         width = self.attention.rotated_dim
         if self.position.kind == "rope":
             require(width % 2 == 0, _ROTATED_FIELD[self.attention.kind], width,

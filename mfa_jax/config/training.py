@@ -198,7 +198,7 @@ class TrainConfig:
     accumulate: int = 1
     """Parts the batch is computed in; gradients are summed over them."""
     seed: int = 0
-    """Seed of the initial parameters."""
+    """Seed of the initial parameters, below 2^32."""
     z_loss: float = 0.0
     """Weight of the squared log-partition in the loss (1e-4 keeps logits from drifting)."""
     ema_decay: float | None = None
@@ -227,6 +227,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "accumulate", "log_every", "eval_batches", "save_every", "keep_checkpoints")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0 .. 2^32 - 1")
         require(bool(self.workdir), "workdir", self.workdir, "must name a folder")
         _require_folder(self, "workdir")
         require(self.eval_every >= 0, "eval_every", self.eval_every, "must not be negative")

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,7 @@ def write_tensors(
 
     Raises:
       ValueError: a number that is finite and would not be as `dtype`.
+      OSError: a file could not be written.
     """
     shards: list[list[str]] = [[]]
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, _) in tensors.items()}
@@ -121,8 +124,14 @@ def write_tensors(
     files = [SINGLE] if len(shards) == 1 else [
         f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     for file, names in zip(files, shards, strict=True):
-        save_file({name: _cast(name, tensors[name][1](), dtype) for name in names}, folder / file,
-                  metadata={"format": "pt"})
+        arrays = {name: _cast(name, tensors[name][1](), dtype) for name in names}
+        try:
+            save_file(arrays, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))  # of a full disk, say
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / file)) from error
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

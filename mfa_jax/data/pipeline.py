@@ -115,6 +115,13 @@ class Batches(Iterator[Batch]):
         self._iterator.close()
 
 
+def require_windows(prepared: Prepared, config: DataConfig, split: Split) -> None:
+    """Raises `ValueError` for windows longer than the split."""
+    tokens = prepared.size(split).tokens
+    require(tokens > config.sequence_length, "sequence_length", config.sequence_length,
+            f"must be below the {tokens} tokens of the {split} split")
+
+
 def make_loader(prepared: Prepared, config: DataConfig, split: Split = "train", process_index: int = 0,
                 process_count: int = 1) -> Batches:
     """Shuffled batches without end: rows `process_index::process_count` of each global batch of `config.batch_size`.
@@ -123,15 +130,13 @@ def make_loader(prepared: Prepared, config: DataConfig, split: Split = "train", 
       ValueError: the split has less than one window, or the batch does not divide over the processes.
     """
     rows = _rows_per_process(config, process_index, process_count)
-    tokens = prepared.size(split).tokens
-    require(tokens > config.sequence_length, "sequence_length", config.sequence_length,
-            f"must be below the {tokens} tokens of the {split} split")
+    require_windows(prepared, config, split)
     dataset = grain.MapDataset.source(Windows(prepared, split, config))
     dataset = dataset.shuffle(seed=config.seed).repeat(reseed_each_epoch=True)
     # Nothing is dropped of an endless dataset; without drop_remainder its length overflows where rows is 1.
     dataset = dataset[process_index::process_count].batch(rows, drop_remainder=True)
     identity: dict[str, int | str] = {
-        "split": split, "tokens": tokens, "fingerprint": prepared.meta.settings.fingerprint,
+        "split": split, "tokens": prepared.size(split).tokens, "fingerprint": prepared.meta.settings.fingerprint,
         "sequence_length": config.sequence_length, "batch_size": config.batch_size, "seed": config.seed}
     return Batches(iter(dataset.to_iter_dataset(READ)), identity)
 

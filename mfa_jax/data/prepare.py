@@ -102,7 +102,7 @@ def _reuse(folder: Path, settings: Settings) -> Prepared:
     before, now = dataclasses.asdict(prepared.meta.settings), dataclasses.asdict(settings)
     different = [f"{name}={before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]
     require(not different, "prepared", str(folder),
-            f"was prepared with {'; '.join(different)}; give another folder, or the same settings")
+            f"was prepared with {'; '.join(different)}; give another folder or the same settings, or remove it")
     for what, then, found in (
             ("source", prepared.meta.signature, signature(settings.source)),
             ("held-out source", prepared.meta.held_out_signature, _held_out_signature(settings))):

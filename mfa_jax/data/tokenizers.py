@@ -139,13 +139,9 @@ class HuggingFaceTokenizer:
         `chat_template.jinja`, or else from `tokenizer_config.json` (of several, that named `default`).
         """
         path = Path(path)
-        beside, template = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
-        named = read_json(beside) if beside.exists() else {}
-        chat = read_bytes(template).decode() if template.exists() else named.get("chat_template")
-        if isinstance(chat, list):
-            chat = next((entry.get("template") for entry in chat if entry.get("name") == "default"), None)
+        named = _named(path.parent)
         return cls(read_bytes(path), str(path), eos_token or _token_text(named.get("eos_token")),
-                   bos_token or _token_text(named.get("bos_token")), chat if isinstance(chat, str) else None,
+                   bos_token or _token_text(named.get("bos_token")), _chat_template(path.parent),
                    _end_ids(path.parent), _token_text(named.get("pad_token")))
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
@@ -260,13 +256,27 @@ def _load_saved(folder: Path) -> Tokenizer:
     elif saved.get("kind") == "huggingface":
         path = folder / HuggingFaceTokenizer.FILE
         tokenizer = HuggingFaceTokenizer(read_bytes(path), str(path), saved.get("eos_token"), saved.get("bos_token"),
-                                         saved.get("chat_template"), saved.get("end_ids", ()), saved.get("pad_token"))
+                                         saved.get("chat_template") or _chat_template(folder),
+                                         saved.get("end_ids", ()), saved.get("pad_token"))
     else:
         raise ValueError(f"tokenizer={str(folder)!r}: kind={saved.get('kind')!r} in {SAVED}: "
                          f"must be one of bytes, huggingface, sentencepiece")
     require(tokenizer.fingerprint == saved.get("fingerprint"), "tokenizer", str(folder),
             "was changed since it was saved; its fingerprint differs")
     return tokenizer
+
+
+def _named(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.exists() else {}
+
+
+def _chat_template(folder: Path) -> str | None:
+    template = folder / "chat_template.jinja"
+    found = read_bytes(template).decode() if template.exists() else _named(folder).get("chat_template")
+    if isinstance(found, list):
+        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
 
 
 def _token_text(value: Any) -> str | None:

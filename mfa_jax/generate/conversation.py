@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ class Conversation:
         require(len(ids) + max_new_tokens <= self._capacity, "capacity", self._capacity,
                 f"must be at least {len(ids) + max_new_tokens}: the conversation has {len(ids)} tokens, and "
                 f"max_new_tokens={max_new_tokens} are to come")
-        return self._reply([int(i) for i in ids], max_new_tokens, stop_tokens, chunk)
+        return self._reply([operator.index(i) for i in ids], max_new_tokens, stop_tokens, chunk)
 
     def _reply(
         self, ids: list[int], max_new_tokens: int, stop_tokens: Sequence[int], chunk: int

@@ -190,11 +190,11 @@ def _prepare(
     padded = np.zeros((len(prompts), width), np.int32)
     kept = min(width, prompts.shape[1])
     padded[:, :kept] = np.where(real, prompts, 0)[:, :kept]
-    stops = _integers("stop_tokens", stop_tokens).astype(np.int32)
-    if stops.ndim < 2:
-        stops = np.broadcast_to(stops.reshape(1, -1), (len(prompts), stops.size))
+    stops = _integers("stop_tokens", stop_tokens)
+    require(not np.any((stops < -1) | (stops >= vocab)), "stop_tokens", stops.tolist(), f"must be in -1 .. {vocab - 1}")
+    stops = stops if stops.ndim >= 2 else np.broadcast_to(stops.reshape(1, -1), (len(prompts), stops.size))
     require(stops.shape[0] == len(prompts), "stop_tokens", stops.shape, f"must have {len(prompts)} rows")
-    return padded, lengths.astype(np.int32), stops, bucket(max_new_tokens), capacity
+    return padded, lengths.astype(np.int32), stops.astype(np.int32), bucket(max_new_tokens), capacity
 
 
 def _integers(name: str, given: Any) -> np.ndarray:
@@ -254,7 +254,8 @@ def read(
       buffer: tokens that there is room for in the output.
     """
     B, apply, start = len(tokens), _unrolled(model, params), cache_length(caches)
-    require(key.shape in ((), (B,)), "key", key.shape, f"must be one key of jax.random.key, or {B}, one for each row")
+    require(jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape in ((), (B,)), "key", (key.dtype, key.shape),
+            f"must be one key of jax.random.key, or {B}, one for each row")
     hidden, caches = apply(tokens, cache=caches, method="hidden")
     caches = tuple(cache.with_length(start + lengths) for cache in caches)
     last_hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]

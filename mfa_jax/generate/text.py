@@ -27,6 +27,7 @@ def encode_prompts(
     Raises:
       ValueError: no texts, or one without tokens; no begin token where one is asked for.
     """
+    require(not isinstance(texts, str), "texts", texts, "must be a sequence of texts, not one text")
     require(len(texts) > 0, "texts", list(texts), "must be at least one")
     require(not add_bos_token or tokenizer.bos_id is not None, "add_bos_token", add_bos_token,
             "the tokenizer has no begin token")

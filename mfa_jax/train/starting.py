@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from mfa_jax.config import DistillationConfig, GroupRates, TrainConfig, from_dict, require, to_dict
 from mfa_jax.data import Prepared, Tokenizer, load_tokenizer, prepare
+from mfa_jax.data.pipeline import require_windows
 from mfa_jax.data.tokenizer_files import SAVED
 from mfa_jax.train import losses, processes, run
 from mfa_jax.train.checkpoint import Checkpoints
@@ -36,6 +37,8 @@ def require_startable(config: TrainConfig, checkpoints: Checkpoints, *, has_teac
     if found is not None:
         saved = from_dict(TrainConfig, found[1]["config"], f"{checkpoints.folder}/{found[0]}")
         run.require_same_model(saved.model, config.model, config.workdir)
+        require(found[0] <= config.steps, "steps", config.steps,
+                f"the run in {config.workdir} is at step {found[0]} already")
         _require_same_task(saved, config)
     elif config.initial is not None:
         _, theirs_config = run.load_config(config.initial)
@@ -55,6 +58,16 @@ def _require_same_task(saved: TrainConfig, config: TrainConfig) -> None:
     require(before == now, "optimizer.rates with 0", now, f"the run in {config.workdir} has {before}, and what is "
             f"frozen has no optimizer state; accepted: the same, or a new run in another workdir with "
             f"--initial {config.workdir}")
+    # What would change the state of the optimizer or of the data, or throw the average away.
+    for name, old, new in (
+            ("optimizer.kind", saved.optimizer.kind, config.optimizer.kind),
+            *((f"data.{name}", getattr(saved.data, name), getattr(config.data, name))
+              for name in ("sequence_length", "batch_size", "seed"))):
+        require(old == new, name, new, f"the run in {config.workdir} has {old!r}; accepted: that, or another workdir")
+    for name, old_value, value in (("optimizer.clip_norm", saved.optimizer.clip_norm, config.optimizer.clip_norm),
+                                   ("ema_decay", saved.ema_decay, config.ema_decay)):
+        require((old_value is None) == (value is None), name, value, f"the run in {config.workdir} has {old_value!r}; "
+                f"accepted: {'none' if old_value is None else 'another number'}, or another workdir")
 
 
 def _place(path: str | None) -> str | None:
@@ -116,6 +129,7 @@ def open_data(config: TrainConfig) -> Prepared:
     require(config.model.vocab_size >= tokenizer.vocab_size, "model.vocab_size", config.model.vocab_size,
             f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {config.data.tokenizer!r}")
     prepared = prepare(config.data, config.data.prepared or workdir / run.DATA, tokenizer)
+    require_windows(prepared, config.data, "train")
     saved = workdir / run.TOKENIZER
     if not (saved / SAVED).exists():  # one that was cut off lacks it, and is made again
         tokenizer.save(saved)
