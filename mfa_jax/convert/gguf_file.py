@@ -252,7 +252,7 @@ def _frequencies(values: dict[str, Any], factors: np.ndarray) -> tuple[tuple[flo
     if np.all(factors == 1):
         return None
     width, base = 2 * len(factors), values["rope_theta"]
-    row = rope_frequencies(width, base) / factors
+    row = base ** (-np.arange(0, width, 2, dtype=np.float64) / width) / factors
     # Files do not name the settings; all models of that scaling so far have these.
     scaling = RopeScaling("llama3", max(1.0, float(factors.max())), _LLAMA3_ORIGINAL)
     if np.allclose(row, rope_frequencies(width, base, scaling), rtol=1e-6, atol=0):
