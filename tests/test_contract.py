@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -12,7 +13,9 @@ import pytest
 from flax import linen as nn
 
 from mfa_jax import attention, capacity
+from mfa_jax.attention import core, training_implementation
 from mfa_jax.attention.mla import MLA
+from mfa_jax.axes import make_mesh
 from mfa_jax.circuits import circuits
 from mfa_jax.config import VARIANTS, GQAConfig, MFAConfig, PositionConfig
 from mfa_jax.model.loss import cross_entropy
@@ -393,3 +396,28 @@ def test_mla_decodes_absorbed() -> None:
     shapes = [v.aval.shape for eqn in jax.tree.leaves([step.jaxpr.eqns]) for v in eqn.outvars]
     per_head = [s for s in shapes if S in s and 4 in s and any(w in s for w in (8, 6, 12))]
     assert any(S in s for s in shapes) and not per_head
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("encoding", ["rope", "alibi"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_training_step_is_said_to_attend_with_is_chosen_for_what_it_asks(
+        variant: str, encoding: str, segments: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, asked = model_config(variant, encoding, dtype="bfloat16"), []
+    chosen = core.resolve
+    monkeypatch.setattr(core, "resolve", lambda *args, **call: asked.append((args, call)) or chosen(*args, **call))
+    ids = tokens()
+    marks = jnp.ones_like(ids) if segments else None
+    jax.eval_shape(lambda: Transformer(config).init_with_output(jax.random.key(0), ids, None, marks))
+    said = training_implementation(config.attention, config.position, T=T, dtype=config.dtype, segments=segments)
+    *steps, mine = [(args, call | {"dtype": jnp.dtype(call["dtype"])}) for args, call in asked]
+    assert steps and all(step == mine for step in steps)
+    assert said == chosen(*mine[0], **mine[1]) == "dense"
+
+
+def test_training_where_the_mesh_splits_the_sequence_is_said_to_attend_by_context() -> None:
+    config = model_config("mfa")
+    with jax.set_mesh(make_mesh((4, 1, 1, 2, 1))):
+        name = functools.partial(training_implementation, config.attention, config.position, T=T, dtype=config.dtype,
+                                 segments=True)
+        assert name() == "context" and name(implementation="blockwise") == "blockwise"

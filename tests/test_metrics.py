@@ -135,7 +135,7 @@ def test_without_tensorboard_it_is_said_once_and_the_rest_is_written(
 
 def test_progress_is_plain_lines_where_there_is_no_terminal() -> None:
     out = io.StringIO()
-    with Progress(30, start=10, console=Console(file=out, width=40)) as progress:
+    with Progress(30, console=Console(file=out, width=40)) as progress:
         progress.update(20, loss=5.25, tokens_per_second=12345.6)
         progress.print("saved [10/30]")
         progress.update(30, loss=4.0, tokens_per_second=1.0)
@@ -159,10 +159,11 @@ def test_progress_is_a_bar_on_a_terminal_and_nothing_when_off() -> None:
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=True, force_jupyter=False)
     with Progress(30, console=console) as progress:
+        progress.resumed(10, "checkpoints")
         progress.update(30, loss=5.25, tokens_per_second=10.0)
         progress.print("a line above")
     assert "30/30" in out.getvalue() and "loss 5.2500" in out.getvalue() and "━" in out.getvalue()
-    assert "a line above" in out.getvalue()
+    assert "resumed at step 10 from checkpoints" in out.getvalue() and "a line above" in out.getvalue()
     out = io.StringIO()
     with Progress(30, enabled=False, console=Console(file=out)) as progress:
         progress.update(1, loss=1.0, tokens_per_second=1.0)

@@ -16,7 +16,7 @@ from mfa_jax import axes
 from mfa_jax.config import DataConfig, MeshConfig, MoEConfig, OptimizerConfig, TrainConfig, from_dict
 from mfa_jax.layers import at_path, stacked_blocks
 from mfa_jax.model.transformer import Transformer
-from mfa_jax.train import run
+from mfa_jax.train import run, starting
 from mfa_jax.train.loop import train
 from mfa_jax.train.optimizer import make_optimizer, make_schedule
 from mfa_jax.train.step import BATCH_SPEC, create_state, make_train_step, state_layout
@@ -168,3 +168,14 @@ def test_experts_that_do_not_divide_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"axis 'experts' of size 6 does not divide over mesh expert=4"):
         one_step(config, 8)
     assert axes.RULES.spec("layers", "experts", "embed", "ffn") == jax.P(None, "expert", "fsdp", "tensor")
+
+
+def test_a_start_says_what_it_trains_where_and_what_auto_became(tmp_path: Path) -> None:
+    config = config_for(tmp_path, mesh=MeshConfig(data=2, expert=4))
+    mesh = axes.make_mesh(dataclasses.astuple(config.mesh))
+    with jax.set_mesh(mesh):
+        line = starting.describe(config, mesh)
+    count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_params(Transformer(config.model), mesh)))
+    assert line.startswith(f"mfa, 4 layers of 24, {count:,} parameters (") and "active) in float32" in line
+    assert line.endswith("; 8 x cpu, data=2, expert=4; attention by dense, experts by ragged_dot, padded exchange; "
+                         "8 x 32 tokens a step")

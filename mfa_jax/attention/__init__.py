@@ -15,13 +15,15 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mfa_jax.attention import gqa, mfa, mfa_kr, mla
+from mfa_jax.attention import core, gqa, mfa, mfa_kr, mla
 from mfa_jax.attention.cached import Serving
+from mfa_jax.attention.context import splits_sequence
 from mfa_jax.cache import Cache
 from mfa_jax.config import AttentionConfig, GQAConfig, MFAKRConfig, MLAConfig, PositionConfig
 from mfa_jax.kernels import Call
+from mfa_jax.kernels.calls import default_device
 
-__all__ = ["Serving", "build", "decode_call", "init_cache"]
+__all__ = ["Serving", "build", "decode_call", "init_cache", "training_implementation"]
 
 _MODULES: dict[str, Any] = {"gqa": gqa.GQA, "mla": mla.MLA, "mfa": mfa.MFA, "mfa_kr": mfa_kr.MFAKR}
 _CACHES: dict[str, Any] = {
@@ -53,3 +55,27 @@ def decode_call(
         turned = position.kind == "rope" and config.reuse == "pre_rope"
     return Call(T=T, N=heads, S=capacity, H=width, h=h, dtype=jnp.dtype(dtype), cache_dtype=jnp.dtype(cache_dtype),
                 shared=config.kind in ("mla", "mfa_kr"), rope=turned, alibi=position.kind == "alibi")
+
+
+def training_implementation(
+    config: AttentionConfig, position: PositionConfig, *, T: int, dtype: Any, segments: bool,
+    implementation: str = "auto",
+) -> str:
+    """The name in `core.IMPLEMENTATIONS` of what serves a layer in a training step, on this device and ambient mesh.
+
+    Raises:
+      ValueError: an unknown name.
+      NotImplementedError: a named implementation can't serve it; says why, and what can.
+    """
+    if implementation == "auto" and splits_sequence():
+        implementation = "context"
+    N, K, H = config.num_heads, 1, config.rotated_dim
+    h = H
+    if isinstance(config, GQAConfig):
+        K = config.num_kv_heads
+    elif isinstance(config, MLAConfig):
+        K, H, h = N, config.nope_dim + config.rope_dim, config.value_dim
+    device = default_device()
+    return core.resolve(
+        implementation, device.platform, T=T, S=T, N=N, K=K, H=H, h=h, dtype=dtype, offset=False, segments=segments,
+        alibi=position.kind == "alibi", compute_capability=device.compute_capability)

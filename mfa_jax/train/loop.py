@@ -70,6 +70,7 @@ def train(
         tokenizer's, a workdir of another model, ...), named with its value; processes whose configs or data differ.
       NonFiniteError: a number that is not finite; the checkpoints are those from before.
       OSError: a checkpoint (`CheckpointWriteError`) or the metrics could not be written, or a checkpoint not be read.
+      NotImplementedError: an implementation that is named can't serve here.
       DeviceMemoryError: a device ran out of memory; the message has what the compiled step needs.
     """
     goodput = Goodput()
@@ -85,6 +86,9 @@ def train(
             starting.require_startable(config, checkpoints, has_teacher=teacher is not None)
             processes.require_same("config", to_json(config))
         stack.enter_context(jax.set_mesh(mesh))
+        leader = jax.process_index() == 0
+        bar = stack.enter_context(Progress(config.steps, enabled=progress and leader))
+        bar.print(starting.describe(config, mesh))
         with goodput.phase("restore"):  # before the data: what the model cannot learn from leaves nothing in workdir
             known = None if teacher is None else starting.read_teacher(config, teacher, mesh)
         with goodput.phase("setup"):
@@ -96,20 +100,16 @@ def train(
             restored = checkpoints.restore(checkpoint_items(parts.layout))
             loader = make_loader(prepared, config.data, "train", *data_shard(mesh, config.data.batch_size))
             state = _start(config, parts, restored, loader)
-        start, leader = int(state.step), jax.process_index() == 0
         if leader:
             (workdir / run.CONFIG).write_text(to_json(config))
         with (
             contextlib.closing(loader),
-            MetricsWriter(workdir, start_step=-1 if restored is None else start, enabled=leader) as writer,
-            Progress(config.steps, start=start, enabled=progress and leader) as bar,
+            MetricsWriter(workdir, start_step=-1 if restored is None else restored.step, enabled=leader) as writer,
             processes.stop_signals() as stop,
         ):
-            if restored is not None:
-                bar.print(f"resumed at step {start} from {checkpoints.folder}")
             loop = _Loop(config, parts, checkpoints, Feed(loader, mesh, goodput), writer, bar, goodput, known)
-            if restored is not None:  # what could not be written is counted by start
-                loop.metrics |= {k: v for k, v in restored.meta["metrics"].items() if k not in _COUNTS}
+            if restored is not None:
+                loop.resume(restored)
             return loop.run(state, stop)
 
 
@@ -149,6 +149,11 @@ class _Loop:
         if teacher is not None:  # forward only
             self.flops += capacity.training_flops_per_token(teacher.config, config.data.sequence_length) // 3
         self.peak = None if peak is None else peak * parts.mesh.size
+
+    def resume(self, restored: Restored) -> None:
+        """Says where it goes on, with the metrics from there; what could not be written is counted by start."""
+        self.bar.resumed(restored.step, self.checkpoints.folder)
+        self.metrics |= {k: v for k, v in restored.meta["metrics"].items() if k not in _COUNTS}
 
     def run(self, state: TrainState, stop: Callable[[int], bool]) -> TrainResult:
         window, ahead = self.config.profile, (int(state.step), self.config.steps)

@@ -208,12 +208,11 @@ class Progress:
 
     Args:
       total: steps of the whole run.
-      start: steps that earlier starts did.
       enabled: False shows nothing.
       console: where to; standard error unless given.
     """
 
-    def __init__(self, total: int, *, start: int = 0, enabled: bool = True, console: Console | None = None) -> None:
+    def __init__(self, total: int, *, enabled: bool = True, console: Console | None = None) -> None:
         self.total = total
         self._enabled = enabled
         self._first: tuple[int, float] | None = None
@@ -222,8 +221,14 @@ class Progress:
         if enabled and self._console.is_terminal and not self._console.is_jupyter:
             self._bar = Bar(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24),
                             TextColumn("{task.fields[text]}"), console=self._console)
-            self._task = self._bar.add_task("", total=total, completed=start, text="compiling")
+            self._task = self._bar.add_task("", total=total, text="starting")
             self._bar.start()
+
+    def resumed(self, step: int, source: object) -> None:
+        """Begins at a step that an earlier start reached, and says so."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+        self.print(f"resumed at step {step} from {source}")
 
     def update(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         """Shows the loss, the speed, and the time left at the pace since the first update (so without compiling)."""

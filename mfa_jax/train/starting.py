@@ -1,4 +1,4 @@
-"""What is checked before a run starts or goes on: all of it before anything lies in its folder."""
+"""What is checked before a run starts or goes on, all of it before anything lies in its folder, and said of it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from mfa_jax import attention, capacity
 from mfa_jax.config import DistillationConfig, GroupRates, TrainConfig, from_dict, require, to_dict
 from mfa_jax.data import Prepared, Tokenizer, load_tokenizer, prepare
 from mfa_jax.data.pipeline import require_windows
 from mfa_jax.data.tokenizer_files import SAVED
+from mfa_jax.model import dispatch, grouped
 from mfa_jax.train import losses, processes, run
 from mfa_jax.train.checkpoint import Checkpoints
 from mfa_jax.train.losses import Teacher
@@ -134,3 +136,26 @@ def open_data(config: TrainConfig) -> Prepared:
     if not (saved / SAVED).exists():  # one that was cut off lacks it, and is made again
         tokenizer.save(saved)
     return prepared
+
+
+def describe(config: TrainConfig, mesh: Mesh) -> str:
+    """What is about to be trained, on what, and what `auto` became there; `mesh` is the ambient one.
+
+    Raises:
+      NotImplementedError: a named implementation can't serve; says why, and what can.
+    """
+    model, data, device = config.model, config.data, mesh.devices.flat[0]
+    count, active, how = capacity.model_parameters(model), "", []
+    how.append("attention by " + attention.training_implementation(
+        model.attention, model.position, T=data.sequence_length, dtype=model.dtype, segments=data.separate_documents,
+        implementation=model.attention_implementation))
+    if model.moe is not None:
+        active = f" ({count.active:,} active)"
+        how.append(f"experts by {grouped.resolve(model.expert_implementation, device.platform)}")
+        if mesh.shape["expert"] > 1:
+            how.append(f"{dispatch.resolve_exchange(model.expert_exchange, device.platform)} exchange")
+    where = ", ".join([f"{mesh.size} x {device.device_kind}",
+                       *(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)])
+    return (f"{model.attention.variant}, {model.num_layers} layers of {model.model_dim}, {count.total:,} parameters"
+            f"{active} in {model.param_dtype}, computed in {model.dtype}; {where}; {', '.join(how)}; "
+            f"{data.batch_size} x {data.sequence_length} tokens a step")
