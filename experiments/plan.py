@@ -200,6 +200,8 @@ def print_tables(arguments: Arguments, plan: Plan, suggestion: Suggestion | None
     count = model_parameters(model_of(arguments, "full")).total
     console.print(f"[bold]{arguments.model}[/bold] ({count / 1e9:.3g} B parameters): {what}, on {plan.topology} as "
                   f"{' x '.join(f'{axis}={size}' for axis, size in plan.mesh.items()) or 'one chip'}")
+    if plan.cache is not None:
+        console.print(f"Cache: {plan.cache}")
     chip = parse_topology(arguments.topology).chip
     if plan.memory is None:
         needed = "more memory" if plan.bytes_needed is None else f"{plan.bytes_needed / GIB:.2f} GiB"

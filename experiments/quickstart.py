@@ -19,7 +19,7 @@ from rich.table import Table
 from experiments import quickstart_report as report
 from experiments.cli import parse, run
 from mfa_jax import capacity
-from mfa_jax.config import DataConfig, OptimizerConfig, TrainConfig
+from mfa_jax.config import DataConfig, OptimizerConfig, TrainConfig, require
 from mfa_jax.generate import SamplingConfig, complete
 from mfa_jax.model.transformer import init_cache
 from mfa_jax.presets import model_preset
@@ -43,6 +43,9 @@ class QuickstartConfig:
     """Training steps; none for 450 (tiny: 30)."""
     seed: int = 0
     """Of the parameters, the order of the data, and the decoded text."""
+
+    def __post_init__(self) -> None:
+        require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
 
 
 def train_config(config: QuickstartConfig) -> TrainConfig:

@@ -251,3 +251,9 @@ def test_one_model_is_opened(tmp_path: Path) -> None:
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="tokenizer"):
         open_model(None, str(tmp_path / "hf"))
+
+
+def test_sampling_beyond_the_vocabulary_is_told_before_the_first_message() -> None:
+    c = compiled(model_config("mfa", num_layers=1))
+    with pytest.raises(ValueError, match=rf"top_k={V + 1}: must be at most {V}, the ids"):
+        Conversation(c.model, c.params, SamplingConfig(top_k=V + 1), KEY, capacity=64)

@@ -185,6 +185,7 @@ def test_rope_scaling_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("change", "error", "message"), [
     ({"num_attention_groups": 8}, NotImplementedError, "num_attention_groups=8"),
     ({"quantization_config": {"bits": 8}}, NotImplementedError, "quantization_config"),
+    ({"is_causal": False}, NotImplementedError, "is_causal=False: every layer here is causal"),
     ({"moe_num_experts": None}, ValueError, "moe_num_experts=None: is missing"),
     ({"moe_layers_enum": "1,x"}, ValueError, "moe_layers_enum='1,x': must be numbers"),
     ({"head_dim": None}, ValueError, "head_dim=None: is missing"),

@@ -392,6 +392,21 @@ def test_a_vocabulary_that_does_not_divide_is_told_with_one_that_does() -> None:
     script.require_vocabulary(dataclasses.replace(arguments, vocab_size=128816), mesh)
 
 
+@pytest.mark.parametrize(("model", "rows", "mesh", "place"), [
+    ("mfa", 128, (4, 1, 1, 1, 2), "rows over data x tensor"),
+    ("mfa", 1, (1, 1, 1, 1, 2), "positions over tensor"),
+    ("mfa", 4, (4, 1, 1, 2, 2), "rows over data, positions over context x tensor"),
+    ("mfa", 6, (1, 64, 1, 1, 1), "not split; the same on all chips of fsdp=64"),
+    ("mha", 6, (2, 4, 1, 1, 2), "rows over data, key heads over tensor; the same on all chips of fsdp=4"),
+    ("mfa", 8, (1, 1, 1, 1, 4), "not split; the same on all chips of tensor=4"),  # nor do 10 heads divide
+    ("mfa", 6, (1, 1, 1, 1, 1), "not split"),
+])
+def test_where_a_cache_lies_is_told_with_what_is_held_more_than_once(
+        model: str, rows: int, mesh: tuple[int, ...], place: str) -> None:
+    decoding = programs.Decoding(model_preset(f"small-{model}"), rows, 4096)
+    assert programs.cache_place(decoding, fake_mesh(mesh)) == place
+
+
 @pytest.mark.slow
 def test_without_the_compiler_it_says_how_to_install_it() -> None:
     done = command(*REQUEST, TPU_LIBRARY_PATH="/nonexistent/libtpu.so")

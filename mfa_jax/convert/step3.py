@@ -36,6 +36,8 @@ def read_config(config: Mapping[str, Any]) -> ModelConfig:
         raise NotImplementedError("quantization_config: only checkpoints that are not quantized can be read")
     if values["num_attention_groups"] != 1:
         raise NotImplementedError(f"num_attention_groups={values['num_attention_groups']!r}: MFA has one key head")
+    if values.get("is_causal") is False:
+        raise NotImplementedError("is_causal=False: every layer here is causal; only such checkpoints can be read")
     num_layers, head_dim = get(values, "num_hidden_layers", int), get(values, "head_dim", int)
     norm_eps = get(values, "rms_norm_eps", float)
     return ModelConfig(

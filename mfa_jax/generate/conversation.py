@@ -35,8 +35,12 @@ class Conversation:
           key: turn i draws from `fold_in(key, i)`.
           capacity: tokens that the cache can hold, answers included; allocated at once.
           cache_dtype: of the cached arrays; None for the model's compute type.
+
+        Raises:
+          ValueError: no capacity, `top_k` or `vocab_limit` beyond the vocabulary.
         """
         require(capacity >= 1, "capacity", capacity, "must be at least 1")
+        sampling.require_within(model.config.vocab_size)
         self._model, self._params, self._sampling, self._key = model, params, sampling, key
         self._capacity, self._turns, self._held = capacity, 0, list[int]()
         self._cache_dtype = cache_dtype

@@ -41,6 +41,17 @@ class SamplingConfig:
         require(self.vocab_limit is None or self.vocab_limit >= 1, "vocab_limit", self.vocab_limit,
                 "must be at least 1, or none")
 
+    def require_within(self, vocab_size: int) -> int:
+        """The ids that may be chosen, `vocab_limit` or the whole vocabulary.
+
+        Raises:
+          ValueError: `top_k` or `vocab_limit` beyond the vocabulary.
+        """
+        limit = vocab_size if self.vocab_limit is None else self.vocab_limit
+        require(limit <= vocab_size, "vocab_limit", limit, f"must be at most the vocabulary's {vocab_size}")
+        require(self.top_k is None or self.top_k <= limit, "top_k", self.top_k, f"must be at most {limit}, the ids")
+        return limit
+
 
 def sample(
     logits: Float[Array, "B V"], keys: Key[Array, " B"], config: SamplingConfig, seen: Bool[Array, "B V"] | None = None
@@ -63,9 +74,7 @@ def sample(
     Face's processors; top-p Holtzman et al. (arXiv 1904.09751, section 3.1); min-p Nguyen et al. (arXiv 2407.01082).
     """
     V = logits.shape[-1]
-    limit = V if config.vocab_limit is None else config.vocab_limit
-    require(limit <= V, "vocab_limit", limit, f"must be at most the vocabulary's {V}")
-    require(config.top_k is None or config.top_k <= limit, "top_k", config.top_k, f"must be at most {limit}, the ids")
+    limit = config.require_within(V)
     logits = logits.astype(jnp.float32)
     if limit < V:
         logits = jnp.where(jnp.arange(V) < limit, logits, -jnp.inf)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mfa_jax.config import ModelConfig, TrainConfig
+from mfa_jax.config import GQAConfig, ModelConfig, TrainConfig
 from mfa_jax.generate import SamplingConfig, lower_decode
 from mfa_jax.generate.loop import abstract_state
+from mfa_jax.kernels import sharded
 from mfa_jax.model.transformer import Transformer
 from mfa_jax.train import run
 from mfa_jax.train.optimizer import make_optimizer, make_schedule
@@ -94,6 +95,22 @@ def decoding_arguments(decoding: Decoding, mesh: Mesh) -> int:
     with jax.set_mesh(mesh):
         params = run.abstract_params(model, mesh)
         return bytes_per_device((params, abstract_state(model, params, **_options(decoding))))
+
+
+def cache_place(decoding: Decoding, mesh: Mesh) -> str:
+    """What the mesh splits of each layer's cache, as `kernels.sharded.choose` has it, and over which axes it is held
+    more than once, because they divide neither its rows nor what else they could split."""
+    attention = decoding.model.attention
+    layout = sharded.choose(
+        mesh.shape, B=decoding.rows, N=attention.num_heads, S=decoding.capacity, layout=decoding.model.decode_layout,
+        K=attention.num_kv_heads if isinstance(attention, GQAConfig) else 1)
+    wide = [axis for axis, size in mesh.shape.items() if size > 1]
+    split = {what: [axis for axis in axes if axis in wide] for what, axes in (
+        ("rows", layout.cache_rows), ("key heads", layout.cache_heads), ("positions", layout.sequence))}
+    parts = [f"{what} over {' x '.join(axes)}" for what, axes in split.items() if axes]
+    idle = [axis for axis in wide if not any(axis in axes for axes in split.values())]
+    return "; ".join([", ".join(parts) or "not split",
+                      *(f"the same on all chips of {axis}={mesh.shape[axis]}" for axis in idle)])
 
 
 def _options(decoding: Decoding) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from mfa_jax.config import ModelConfig, TrainConfig
 from mfa_jax.plan import hlo
 from mfa_jax.plan.chips import Topology, bytes_sent, collective_seconds
 from mfa_jax.plan.costs import Collective, Costs, count, decode_loop
-from mfa_jax.plan.programs import Decoding, lower_decoding, lower_training
+from mfa_jax.plan.programs import Decoding, cache_place, lower_decoding, lower_training
 from mfa_jax.train.compiling import DoesNotFitError, Memory, compile_program, memory_of
 
 
@@ -84,6 +84,8 @@ class Plan:
     """As the compiler counts: each loop body once."""
     lower_seconds: float
     compile_seconds: float
+    cache: str | None = None
+    """In decoding, what the mesh splits of it and what is held more than once: `programs.cache_place`."""
 
 
 def plan_training(config: TrainConfig, topology: Topology, mesh: Mesh) -> Plan:
@@ -106,7 +108,8 @@ def plan_decoding(decoding: Decoding, topology: Topology, mesh: Mesh) -> Plan:
     """
     flops = decoding.rows * decoding_flops(decoding.model, decoding.capacity)
     start = time.perf_counter()
-    return _plan(lower_decoding(decoding, mesh), start, flops, topology, mesh, in_loop=True)
+    plan = _plan(lower_decoding(decoding, mesh), start, flops, topology, mesh, in_loop=True)
+    return dataclasses.replace(plan, cache=cache_place(decoding, mesh))
 
 
 def decoding_flops(model: ModelConfig, context: int) -> int:
