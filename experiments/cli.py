@@ -228,11 +228,25 @@ def _unknown_message(unknown: Sequence[str], config: Any) -> str:
     if flag is None:
         return f"{unknown[0]}: unexpected argument; a bool is set by --name or --no-name, `--help` lists the flags"
     name = flag.split("=")[0].replace("_", "-")
+    if absent := _absent(config, name.removeprefix("--").replace("-", "_").split(".")):
+        return f"{flag}: there is no {absent} to change; accepted: a --preset or a file of --config that has one"
     known = list(_flags(config))
     close = [k for k in known if k.rsplit(".")[-1] == name.removeprefix("--")]
     close += [k for k in difflib.get_close_matches(name, known, n=3) if k not in close]
     hint = f"did you mean {' or '.join(close[:4])}?" if close else "`--help` lists the flags"
     return f"{flag}: unknown argument, {hint}"
+
+
+def _absent(config: Any, path: list[str]) -> str | None:
+    """The part of a config that a flag is of and that is None, where it could be given."""
+    for i, name in enumerate(path[:-1], 1):
+        if not dataclasses.is_dataclass(config) or not hasattr(config, name):
+            return None
+        kinds = get_args(get_type_hints(type(config))[name])
+        config = getattr(config, name)
+        if config is None and any(dataclasses.is_dataclass(kind) for kind in kinds):
+            return ".".join(path[:i])
+    return None
 
 
 def _flags(config: Any, prefix: str = "--") -> Iterator[str]:
