@@ -176,7 +176,7 @@ def test_an_object_of_another_kind_is_replaced_as_a_whole(tmp_path: Path) -> Non
         (["--stesp", "5"], "--stesp: unknown argument, did you mean --steps"),
         (["--num-heads", "5"], "did you mean --model.attention.num-heads?"),
         (["--tie-embeddings"], "did you mean --model.tie-embeddings"),
-        (["--model.moe.num-experts", "8"], "--model.moe.num-experts: there is no model.moe to change; accepted: a --preset or"),
+        (["--model.moe.num-experts", "8"], "--model.moe.num-experts: there is no model.moe to change; accepted: a"),
         (["--zzzzzzzz"], "`--help` lists the flags"),
         (["--model.tie-embeddings", "False"], "False: unexpected argument"),
         (["--steps", "many"], "--steps: invalid literal for int() with base 10: 'many'"),
