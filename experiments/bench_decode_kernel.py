@@ -161,7 +161,7 @@ def measure(config: BenchDecodeKernelConfig, scale: Scale | None = None) -> dict
     budget, screen = Budget(config.budget_seconds), Console(stderr=True)
     copy = make_copy(scale.copy_bytes)
     found = {name: side for name, side in sides(config.torch).items() if name not in config.leave_out}
-    device = device_speed(scale, copy)
+    device = device_speed(scale, copy, "float32" if set(config.cache_dtypes) == {"float32"} else "bfloat16")
     record: dict[str, Any] = {
         "benchmark": "decode_kernel", "config": to_dict(config), "scale": dataclasses.asdict(scale),
         "machine": {**machine(threads=0), "device": jax.devices()[0].device_kind}, "device_speed": device,
@@ -198,11 +198,12 @@ def measure(config: BenchDecodeKernelConfig, scale: Scale | None = None) -> dict
     return record
 
 
-def device_speed(scale: Scale, copy: Copy) -> dict[str, float]:
-    """Bytes a second of a copy, FLOPs a second of a product of bfloat16 matrices, and what calling a program costs."""
+def device_speed(scale: Scale, copy: Copy, dtype: str) -> dict[str, Any]:
+    """Bytes a second of a copy, FLOPs a second of a product of matrices, and what calling a program costs."""
     seconds, rounds = scale.point.round_seconds, scale.point.rounds
     return {"copy_bytes_per_s": copy.nbytes / speed(copy.run, seconds, rounds),
-            "matmul_flops_per_s": 2 * scale.matmul**3 / speed(multiplier(scale.matmul), seconds, rounds),
+            "matmul_flops_per_s": 2 * scale.matmul**3 / speed(multiplier(scale.matmul, dtype), seconds, rounds),
+            "matmul_dtype": dtype,
             "dispatch_s": speed(dispatcher(64), seconds, rounds)}
 
 

@@ -97,7 +97,7 @@ def _si(value: float) -> str:
 
 
 def save_plot(found: dict[str, Report], path: str) -> None:
-    """Four bar charts with a common axis of models: cache, attention FLOPs, arithmetic intensity, rank.
+    """Four panels with a common axis of models: cache, attention FLOPs, arithmetic intensity, rank.
 
     Raises:
       ValueError: a file that cannot be written, or an ending that names no picture format.
@@ -118,13 +118,15 @@ def save_plot(found: dict[str, Report], path: str) -> None:
     )
     figure, axes = plt.subplots(1, 4, sharey=True, figsize=(15, 1.8 + 0.34 * len(found)), layout="constrained")
     for axis, (label, values) in zip(axes, panels, strict=True):
-        bars = axis.barh(list(found), values, color=[COLORS[r.variant] for r in found.values()])
-        axis.bar_label(bars, labels=[_si(v) for v in values], padding=3, fontsize=8)
+        # Points: a bar on a logarithmic axis would have a length that means nothing.
+        axis.scatter(values, list(found), color=[COLORS[r.variant] for r in found.values()], zorder=3)
+        for name, value in zip(found, values, strict=True):
+            axis.annotate(_si(value), (value, name), (7, 0), textcoords="offset points", va="center", fontsize=8)
         axis.set_xscale("log")
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlim(min(values) / 3, max(values) * 6)
         axis.set_xlabel(label)
-        axis.grid(axis="x", alpha=0.3)
+        axis.grid(alpha=0.3)
         axis.set_axisbelow(True)
     axes[0].invert_yaxis()
     present = dict.fromkeys(r.variant for r in found.values())

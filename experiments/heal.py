@@ -1,4 +1,4 @@
-"""Train a converted model towards the one that it was made from: distillation, as a run like any other.
+r"""Train a converted model towards the one that it was made from: distillation, as a run like any other.
 
     python -m experiments.convert --from DIR --to mfa_kr --cache-ratio 2 --calibration FILE --out runs/converted
     python -m experiments.heal --teacher DIR --student runs/converted --workdir runs/healed --data.source FILE \

@@ -16,6 +16,7 @@ from typing import TypeVar
 import jax
 
 from mfa_jax.config import require
+from mfa_jax.kernels import default_device
 
 VARIABLE = "MFA_JAX_NOTEBOOK_SIZE"
 SIZES = ("tiny", "cpu", "accelerator")
@@ -38,3 +39,11 @@ def size() -> str:
 def pick(*, tiny: T, cpu: T, accelerator: T) -> T:
     """Of three values the one of this run's size."""
     return {"tiny": tiny, "cpu": cpu, "accelerator": accelerator}[size()]
+
+
+def fast_dtype() -> str:
+    """What this device multiplies fastest: bfloat16, or float32 on CPUs and on GPUs before Ampere (T4, V100), which
+    have no units for bfloat16."""
+    device = default_device()
+    slow = device.platform == "cpu" or (device.platform == "gpu" and device.compute_capability < 8)
+    return "float32" if slow else "bfloat16"

@@ -1,12 +1,11 @@
-"""What a model needs on a TPU slice, and how fast it could be there, without a TPU.
+r"""What a model needs on a TPU slice, and how fast it could be there, without a TPU.
 
     python -m experiments.plan --model base-mfa --topology v5p:4x4x4 --mesh fsdp=64 --batch-tokens 1048576 --seq 4096
     python -m experiments.plan --model base-mfa --topology v5e:2x4 --mesh data=4,tensor=2 --batch-tokens 64 --seq 8192 \
         --decode
 
-The real training step, or the loop that decodes, is compiled by libtpu for that slice. Sizes are what the compiler
-says, FLOPs and bytes are counted in the program it made, and times are predictions from published peaks: nothing is
-run.
+The real training step, or the loop that decodes, is compiled by libtpu for that slice. Sizes are the compiler's, FLOPs
+and bytes are counted in its program, and times are predictions from published peaks: nothing is run.
 """
 
 from __future__ import annotations
@@ -250,7 +249,9 @@ def time_table(plan: Plan) -> Table:
     table = _table("Predicted from published peaks, not measured: one step of one chip", "", "amount", "least time, ms",
                    caption=f"Step: {1e3 * p.step_seconds:.3g} ms, MFU {p.mfu:.1%}, if all exchange hides behind "
                    f"arithmetic; {1e3 * p.step_seconds_without_overlap:.3g} ms, {p.mfu_without_overlap:.1%}, if none "
-                   "does. Bounds from below: latency, vector arithmetic and half-filled units come on top.")
+                   f"does; instructions one after another. No step is below {1e3 * p.least_seconds:.3g} ms, MFU "
+                   f"{p.mfu * p.step_seconds / p.least_seconds:.1%}, the longest of the times below. Latency, vector "
+                   "arithmetic and half-filled units come on top.")
     table.add_row("model FLOPs, closed form", f"{plan.model_flops:.3e}", "")
     table.add_row("FLOPs of the program", f"{p.flops:.3e}", f"{1e3 * p.compute_seconds:.3g}")
     table.add_row("bytes of HBM", f"{p.hbm_bytes:.3e}", f"{1e3 * p.memory_seconds:.3g}")

@@ -139,7 +139,8 @@ def compile_line(line: Line) -> dict[str, Any]:
 def table(lines: Sequence[dict[str, Any]], old: Collection[str] = ()) -> str:
     """Markdown: one row a line; those whose names are in `old` are marked as superseded."""
     titles = ("program", "slice, mesh", "rows x tokens", "B parameters", "cache, KB a token", "cache, GiB a chip",
-              "peak, GiB a chip", "GFLOPs a chip", "HBM, GB", "sent, MB", "least step, ms", "without overlap, ms")
+              "peak, GiB a chip", "GFLOPs a chip", "HBM, GB", "sent, MB", "no step is below, ms",
+              "predicted step, ms", "exchange not hidden, ms")
     out = [f"| {' | '.join(titles)} |", "| --- | --- | --- " + "| ---: " * (len(titles) - 3) + "|"]
     for x in lines:
         plan, p = x["plan"], x["plan"]["prediction"]
@@ -152,17 +153,18 @@ def table(lines: Sequence[dict[str, Any]], old: Collection[str] = ()) -> str:
                  f"{cache:.2f}" if decode else ""]
         if p is None:
             asked = "" if plan["bytes_needed"] is None else f", asks for {plan['bytes_needed'] / 2**30:.1f}"
-            cells += [f"does not fit{asked}", *[""] * 5]
+            cells += [f"does not fit{asked}", *[""] * 6]
         else:
             cells += [f"{plan['memory']['peak'] / 2**30:.2f}", f"{p['flops'] / 1e9:.4g}", f"{p['hbm_bytes'] / 1e9:.4g}",
-                      f"{sum(e['bytes_sent'] for e in p['exchanges']) / 1e6:.4g}", f"{1e3 * p['step_seconds']:.4g}",
-                      f"{1e3 * p['step_seconds_without_overlap']:.4g}"]
+                      f"{sum(e['bytes_sent'] for e in p['exchanges']) / 1e6:.4g}",
+                      f"{1e3 * max(p[f'{what}_seconds'] for what in ('compute', 'memory', 'interconnect')):.4g}",
+                      f"{1e3 * p['step_seconds']:.4g}", f"{1e3 * p['step_seconds_without_overlap']:.4g}"]
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out) + "\n"
 
 
 def save_plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Decoding: memory of a chip by what fills it, bytes sent by a chip, least time of a step."""
+    """Decoding: memory of a chip by what fills it, bytes sent by a chip, predicted time of a step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,7 +172,8 @@ def save_plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
     shown = [x for x in lines if x["name"].startswith(DECODE)]
     require(bool(shown), "lines", len(lines), "must hold a decoding line to plot")
-    names = [x["name"].removeprefix(f"{DECODE}/") for x in shown]
+    names = [f"{x['name'].removeprefix(f'{DECODE}/')}, {parse_topology(x['plan']['topology']).size} chips"
+             for x in shown]
     figure, (memory, sent, seconds) = plt.subplots(1, 3, figsize=(14, 1.6 + 0.4 * len(shown)), sharey=True,
                                                    layout="constrained")
     cache = [x["cache_bytes_per_token"] * x["rows"] * x["seq"] / parse_topology(x["plan"]["topology"]).size / 2**30
@@ -180,17 +183,17 @@ def save_plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     rest = [max(w - c, 0) for w, c in zip(whole, cache, strict=True)]
     memory.barh(names, cache, color="C2", label="cache")
     memory.barh(names, rest, left=cache, color="C7", label="weights, temporaries, code")
-    memory.axvline(95, color="k", linestyle=":", linewidth=1)
+    memory.axvline(95, color="k", linestyle=":", linewidth=1, zorder=0)
     for i, (x, c, r) in enumerate(zip(shown, cache, rest, strict=True)):
         text = f"{c:.1f} + {r:.1f}" + ("" if x["plan"]["fits"] else ": does not fit")
         memory.text(c + r + 1, i, text, va="center", fontsize=8, bbox={"fc": "w", "ec": "none", "pad": 0.5})
-    memory.set_xlim(0, 155)
+    memory.set_xlim(0, 170)
     memory.set_xlabel("memory of a chip [GiB]; dotted: 95 GiB of v5p")
     predictions = [x["plan"]["prediction"] for x in shown]
     mega = [sum(e["bytes_sent"] for e in p["exchanges"]) / 1e6 if p else 0 for p in predictions]
-    least = [1e3 * p["step_seconds"] if p else 0 for p in predictions]
+    predicted = [1e3 * p["step_seconds"] if p else 0 for p in predictions]
     for axis, values, color, label in ((sent, mega, "C0", "sent by a chip in a step [MB]"),
-                                       (seconds, least, "C1", "least time of a step [ms], from published peaks")):
+                                       (seconds, predicted, "C1", "predicted step [ms], from published peaks")):
         axis.bar_label(axis.barh(names, values, color=color), padding=3, fontsize=8,
                        labels=[f"{v:.3g}" if p else "does not fit" for v, p in zip(values, predictions, strict=True)])
         axis.set_xlabel(label)

@@ -29,14 +29,17 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 SOURCE = "/content/mfa_jax"  # where a clone of the repository lies, or its address: https://...
 if "COLAB_RELEASE_TAG" in os.environ:
     extra = "cuda12" if os.environ.get("COLAB_GPU") == "1" else "tpu" if os.environ.get("COLAB_TPU_1VM") == "1" else ""
     place = f"git+{SOURCE}" if "://" in SOURCE else f"file://{SOURCE}"
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", f"mfa_jax[{extra}] @ {place}"])
-    if sys.modules.keys() & {"jax", "numpy"}:
-        print("Restart the session now (menu Runtime), and go on with the next cell: older packages are loaded.")
+    loaded = [name for name in ("numpy", "jax") if name in sys.modules]
+    older = [name for name in loaded if sys.modules[name].__version__ != version(name)]
+    if older:  # what is loaded stays loaded: "Run all" must not go on
+        raise SystemExit(f"Restart the session (menu Runtime) and run all cells again: older {older} are loaded.")
 
 # %%
 import matplotlib.pyplot as plt
@@ -69,7 +72,7 @@ Console(width=100).print(to_table(found))
 # %% [markdown]
 # ## Do the closed forms give what the papers print?
 #
-# The number as it stands in the paper, and ours in the same digits.
+# The number as it stands in the paper, and ours in the same digits, cut off and not rounded where the paper does that.
 
 # %%
 Console(width=100).print(printed_table(list(rows())))

@@ -27,14 +27,17 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 SOURCE = "/content/mfa_jax"  # where a clone of the repository lies, or its address: https://...
 if "COLAB_RELEASE_TAG" in os.environ:
     extra = "cuda12" if os.environ.get("COLAB_GPU") == "1" else "tpu" if os.environ.get("COLAB_TPU_1VM") == "1" else ""
     place = f"git+{SOURCE}" if "://" in SOURCE else f"file://{SOURCE}"
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", f"mfa_jax[{extra}] @ {place}"])
-    if sys.modules.keys() & {"jax", "numpy"}:
-        print("Restart the session now (menu Runtime), and go on with the next cell: older packages are loaded.")
+    loaded = [name for name in ("numpy", "jax") if name in sys.modules]
+    older = [name for name in loaded if sys.modules[name].__version__ != version(name)]
+    if older:  # what is loaded stays loaded: "Run all" must not go on
+        raise SystemExit(f"Restart the session (menu Runtime) and run all cells again: older {older} are loaded.")
 
 # %%
 import string
@@ -115,8 +118,9 @@ plot_matrices(len(layers) // 2, heads=range(4))
 # %% [markdown]
 # ## Singular values
 #
-# The rank that the factorization leaves to a head is where its singular values end. How they fall before that says how
-# much of it is used. Thin lines are heads, the dashed line their mean at the start of training.
+# The factorization leaves a head no more singular values than its nominal rank, which is where the lines end. How they
+# fall before that says how much of it is used. Thin lines are heads, the dashed line their mean at the start of
+# training.
 
 
 # %%
@@ -126,7 +130,7 @@ def plot_spectra(layers):
     for column, layer in enumerate(layers):
         for axes, kind, spectrum, start in zip(panels[:, column], "WU", after[layer].singular_values(),
                                                before[layer].singular_values(), strict=True):
-            shown = [s[:, : nominal + 4] / s[:, :1] for s in (spectrum, start)]
+            shown = [s / s[:, :1] for s in (spectrum, start)]
             index = np.arange(1, shown[0].shape[1] + 1)
             axes.plot(index, shown[0].T, color="C2" if kind == "W" else "C0", alpha=0.4, linewidth=0.8)
             axes.plot(index, shown[1].mean(axis=0), "k--", linewidth=1.2)

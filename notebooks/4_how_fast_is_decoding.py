@@ -28,14 +28,17 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 SOURCE = "/content/mfa_jax"  # where a clone of the repository lies, or its address: https://...
 if "COLAB_RELEASE_TAG" in os.environ:
     extra = "cuda12" if os.environ.get("COLAB_GPU") == "1" else "tpu" if os.environ.get("COLAB_TPU_1VM") == "1" else ""
     place = f"git+{SOURCE}" if "://" in SOURCE else f"file://{SOURCE}"
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", f"mfa_jax[{extra}] @ {place}"])
-    if sys.modules.keys() & {"jax", "numpy"}:
-        print("Restart the session now (menu Runtime), and go on with the next cell: older packages are loaded.")
+    loaded = [name for name in ("numpy", "jax") if name in sys.modules]
+    older = [name for name in loaded if sys.modules[name].__version__ != version(name)]
+    if older:  # what is loaded stays loaded: "Run all" must not go on
+        raise SystemExit(f"Restart the session (menu Runtime) and run all cells again: older {older} are loaded.")
 
 # %%
 import tempfile
@@ -52,13 +55,13 @@ from experiments.capacity import COLORS
 from experiments.decode_kernel.plots import roofline
 from experiments.decode_kernel.points import Sizes
 from experiments.kernel_cases import PAPER
-from experiments.notebook import pick, size
+from experiments.notebook import fast_dtype, pick, size
 from mfa_jax import kernels
 from mfa_jax.capacity import analyse
 from mfa_jax.presets import model_preset, published
 
 plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
-dtype = pick(tiny="float32", cpu="float32", accelerator="bfloat16")
+dtype = pick(tiny="float32", cpu="float32", accelerator=fast_dtype())
 print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}, size {size()}, caches and queries in {dtype}")
 
 # %% [markdown]
@@ -122,7 +125,7 @@ def plot_time(record):
     axes.set_yscale("log", base=10)
     ticks = sorted({p["length"] for p in record["points"]})
     axes.set_xticks(ticks, ticks)
-    axes.set(xlabel=f"tokens a row, {record['points'][0]['batch']} rows", ylabel="time of attention in one layer [us]",
+    axes.set(xlabel=f"tokens a row, batch {record['points'][0]['batch']}", ylabel="time of attention in one layer [us]",
              title=record["machine"]["device"])
     axes.legend()
 
@@ -132,7 +135,7 @@ plot_time(record)
 # %% [markdown]
 # ## Roofline
 #
-# The slanted roof is the copy, the flat one the product of matrices in bfloat16, both of this run.
+# The slanted roof is the copy, the flat one the product of matrices in the type of the caches, both of this run.
 
 # %%
 roofline(record)

@@ -25,14 +25,17 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 SOURCE = "/content/mfa_jax"  # where a clone of the repository lies, or its address: https://...
 if "COLAB_RELEASE_TAG" in os.environ:
     extra = "cuda12" if os.environ.get("COLAB_GPU") == "1" else "tpu" if os.environ.get("COLAB_TPU_1VM") == "1" else ""
     place = f"git+{SOURCE}" if "://" in SOURCE else f"file://{SOURCE}"
     subprocess.check_call([sys.executable, "-m", "pip", "install", "-q", f"mfa_jax[{extra}] @ {place}"])
-    if sys.modules.keys() & {"jax", "numpy"}:
-        print("Restart the session now (menu Runtime), and go on with the next cell: older packages are loaded.")
+    loaded = [name for name in ("numpy", "jax") if name in sys.modules]
+    older = [name for name in loaded if sys.modules[name].__version__ != version(name)]
+    if older:  # what is loaded stays loaded: "Run all" must not go on
+        raise SystemExit(f"Restart the session (menu Runtime) and run all cells again: older {older} are loaded.")
 
 # %%
 import bz2
@@ -109,8 +112,9 @@ for name, path in names.items():
 # %% [markdown]
 # ## Train
 #
-# The same model, steps and tokens for both. Stopping the kernel loses nothing: the same call goes on from the last
-# checkpoint. More steps, and a name of your own for `workdir`, make a run worth keeping.
+# The same model, steps and tokens for both. Interrupting the cell saves what is done, and running it again goes on from
+# there; a kernel that is stopped loses what came after the last save. More steps, and a name of your own for `workdir`,
+# which here is a fresh folder of every start, make a run worth keeping.
 
 # %%
 preset = pick(tiny="tiny-mfa", cpu="nano-mfa", accelerator="small-mfa")
@@ -123,13 +127,14 @@ configs = {
                         batch_size=pick(tiny=8, cpu=16, accelerator=16)),
         optimizer=OptimizerConfig(kind="muon", learning_rate=1.5e-2, warmup_steps=pick(tiny=2, cpu=20, accelerator=20)),
         steps=pick(tiny=6, cpu=160, accelerator=200), log_every=pick(tiny=3, cpu=20, accelerator=20),
-        eval_every=pick(tiny=3, cpu=20, accelerator=20), save_every=1000,
+        eval_every=pick(tiny=3, cpu=20, accelerator=20), save_every=50,
     )
     for name, path in names.items()
 }
 for name, config in configs.items():
     print(f"---- {name}")
-    train(config)
+    if train(config).interrupted:
+        raise KeyboardInterrupt("run this cell again to go on")
 
 # %% [markdown]
 # ## How well does it read?

@@ -175,7 +175,7 @@ def test_progress_is_a_bar_on_a_terminal_and_nothing_when_off() -> None:
     ("TPU v4", 275), ("TPU v4 lite", 138), ("TPU v5 lite", 197), ("TPU v5p", 459), ("TPU v5", 459),
     ("TPU v6 lite", 918), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756),
     ("NVIDIA H200", 989.4), ("NVIDIA H200 NVL", 835.5), ("NVIDIA B200", 2250), ("NVIDIA L4", 121),
-    ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("Tesla T4", 65), ("cpu", None),
+    ("NVIDIA L40S", 362), ("NVIDIA L40", 181), ("Tesla T4", None), ("cpu", None),
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GeForce RTX 4090", None)])
 def test_peak_flops(kind: str, teraflops: float | None) -> None:
     found = peak_flops(mock.Mock(spec=jax.Device, device_kind=kind))

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,15 @@ def test_the_first_cell_does_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) 
     ("/content/mfa_jax", "file:///content/mfa_jax"), ("https://host/mfa_jax", "git+https://host/mfa_jax")])
 def test_on_colab_the_first_cell_installs_for_the_device(
     device: dict[str, str], extra: str, source: str, place: str, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     called = run_first_cell(monkeypatch, source, {"COLAB_RELEASE_TAG": "release", **device})
     assert called == [[sys.executable, "-m", "pip", "install", "-q", f"mfa_jax[{extra}] @ {place}"]]
-    assert "Restart the session" in capsys.readouterr().out
+
+
+def test_on_colab_nothing_goes_on_with_an_older_package_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["numpy"], "__version__", "1.0")
+    with pytest.raises(SystemExit, match=r"Restart the session .* older \['numpy'\] are loaded"):
+        run_first_cell(monkeypatch, "/content/mfa_jax", {"COLAB_RELEASE_TAG": "release"})
 
 
 # ---- running ---------------------------------------------------------------------------------------------------
@@ -130,6 +135,11 @@ def test_the_size_follows_the_device_unless_the_environment_names_one(monkeypatc
         assert notebook.size() == size
     monkeypatch.setenv(notebook.VARIABLE, "tiny")
     assert notebook.pick(tiny=1, cpu=2, accelerator=3) == 1
+    for platform, capability, dtype in (("cpu", 0.0, "float32"), ("tpu", 0.0, "bfloat16"), ("gpu", 7.5, "float32"),
+                                        ("gpu", 8.0, "bfloat16")):
+        device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+        monkeypatch.setattr(notebook, "default_device", lambda device=device: device)
+        assert notebook.fast_dtype() == dtype
     monkeypatch.setenv(notebook.VARIABLE, "huge")
     with pytest.raises(ValueError, match="MFA_JAX_NOTEBOOK_SIZE='huge': must be one of tiny, cpu, accelerator"):
         notebook.size()

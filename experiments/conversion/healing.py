@@ -1,4 +1,4 @@
-"""How much of a conversion's loss healing takes back, against the tokens that it was healed on.
+r"""How much of a conversion's loss healing takes back, against the tokens that it was healed on.
 
     python -m experiments.conversion.healing texts --out runs/heal-text
     python -m experiments.heal --teacher model.gguf --student runs/converted --workdir runs/healed \
@@ -24,6 +24,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from experiments import cli
+from experiments.capacity import COLORS
 from experiments.studies import corpus
 from mfa_jax.config import TrainConfig, load_json, require, to_dict
 from mfa_jax.convert.files import appearing, require_free
@@ -157,24 +158,34 @@ def curve(config: CurveConfig) -> Path:
     runs = read_curves(config.run)
     folder = Path(config.results)
     folder.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    divergence, loss = figure.subplots(1, 2)
-    for name, found in runs.items():
-        tokens = [point["tokens"] / 1000 for point in found["points"]]
-        divergence.plot(tokens, [point["kl"] for point in found["points"]], marker="o", markersize=3, label=name)
-        loss.plot(tokens, [point["loss"] for point in found["points"]], marker="o", markersize=3, label=name)
-    loss.axhline(next(iter(runs.values()))["points"][0]["teacher_loss"], color="black", linewidth=1)
-    divergence.set(xlabel="thousand tokens", ylabel="KL from the original, nats a token", ylim=(0, None))
-    loss.set(xlabel="thousand tokens", ylabel="held-out loss, nats a token", title="black: the original")
-    for axes in (divergence, loss):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    figure = draw(runs, config.name)
     picture, numbers = (folder / f".{config.name}.{ending}.partial" for ending in ("png", "json"))
     figure.savefig(picture, dpi=120, format="png")
     numbers.write_text(json.dumps(runs, indent=1) + "\n")
     picture.replace(folder / f"{config.name}.png")
     numbers.replace(folder / f"{config.name}.json")
     return folder
+
+
+def draw(runs: dict[str, dict[str, Any]], title: str) -> Figure:
+    """Divergence and held-out loss against tokens; colours are those of variants, a second run of one is dashed."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    divergence, loss = figure.subplots(1, 2)
+    drawn: list[str] = []
+    for name, found in runs.items():
+        tokens, kind = [point["tokens"] / 1000 for point in found["points"]], found["attention"]["kind"]
+        look = {"color": COLORS[kind], "linestyle": ("-", "--", ":", "-.")[drawn.count(kind) % 4], "label": name}
+        drawn.append(kind)
+        divergence.plot(tokens, [point["kl"] for point in found["points"]], marker="o", markersize=3, **look)
+        loss.plot(tokens, [point["loss"] for point in found["points"]], marker="o", markersize=3, **look)
+    loss.axhline(next(iter(runs.values()))["points"][0]["teacher_loss"], color="black", linewidth=1)
+    divergence.set(xlabel="thousand tokens", ylabel="KL from the original, nats a token", ylim=(0, None))
+    loss.set(xlabel="thousand tokens", ylabel="held-out loss, nats a token", title="black: the original")
+    for axes in (divergence, loss):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(title)
+    return figure
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
+from experiments.capacity import COLORS
 from experiments.conversion.rows import KINDS, ORIGINAL
 from experiments.conversion.runner import RESULTS, Measured, latest
 from experiments.studies import records
@@ -22,6 +23,7 @@ CHANCE = {"local_hellaswag": 1 / 4, "local_piqa": 1 / 2, "local_openbookqa": 1 /
 """Accuracy of who guesses."""
 TITLES = {ORIGINAL: "original", "mfa_kr": "MFA-KR", "mfa": "MFA", "key_pca": "key PCA, real rotations (MFA)",
           "mean_pool": "mean-pooled heads (GQA)"}
+_COLORS = {"mfa_kr": COLORS["mfa_kr"], "mfa": COLORS["mfa"], "key_pca": "C4", "mean_pool": COLORS["gqa"]}
 CEILING = 8.0
 """Times the original's perplexity, above which the picture has numbers in place of a scale."""
 
@@ -202,7 +204,8 @@ def _pictures(model: str, rows: Sequence[Measured], original: Measured, folder: 
             _quality(axes, key, members, [perplexity_ratio(row.texts[name], original.texts[name]) for row in members])
         axes.plot(original.cached_elements[1], 1, "k*", markersize=10)
         axes.axhline(1, color="black", linewidth=1)
-        axes.set(xlabel="cached elements a token and layer", ylabel="perplexity over the original's", title=name,
+        axes.set(xlabel="cached elements a token and layer", ylabel="perplexity over the original's",
+                 title=f"{name}; bars: two standard errors",
                  yscale="log", yticks=(1, 1.1, 1.25, 1.5, 2, 3, 5, CEILING))
         axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(ticker.NullLocator())
@@ -215,7 +218,8 @@ def _pictures(model: str, rows: Sequence[Measured], original: Measured, folder: 
         axes.axhline(mean_accuracy(original), color="black", linewidth=1)
         if set(original.tasks) <= set(CHANCE):
             axes.axhline(float(np.mean([CHANCE[name] for name in original.tasks])), color="grey", linestyle=":")
-        axes.set(xlabel="cached elements a token and layer", title="black: the original, dotted: guessing",
+        axes.set(xlabel="cached elements a token and layer",
+                 title="black: the original, dotted: guessing\nbars: two standard errors of the difference",
                  ylabel="accuracy, mean of tasks")
         found.append(_save(figure, model, "accuracy", folder))
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -223,7 +227,8 @@ def _pictures(model: str, rows: Sequence[Measured], original: Measured, folder: 
                                        ("seconds", "peak memory [GiB]"), strict=True):
         for key, members in curves.items():
             paid = [row for row in members if row.cost is not None]
-            _curve(axes, key, paid, [(row.cost[name] / scale, 0.0) for row in paid if row.cost is not None])
+            _curve(axes, key, paid, [(row.cost[name] / scale, 0.0) for row in paid if row.cost is not None],
+                   joined=False)  # of several machines
         axes.set(xlabel="cached elements a token and layer", ylabel=unit, ylim=(0, None))
     return [*found, _save(figure, model, "cost", folder)]
 
@@ -235,7 +240,7 @@ def _quality(axes: Any, key: tuple[str, bool], rows: Sequence[Measured], values:
     _curve(axes, key, [row for row, _ in shown], [value for _, value in shown])
     for row, (ratio, _) in pairs:
         if ratio > CEILING:
-            axes.plot(row.cached_elements[1], CEILING, "^", color=f"C{_order(row.kind)}", label=_title(key))
+            axes.plot(row.cached_elements[1], CEILING, "^", color=_COLORS[row.kind], label=_title(key))
             axes.annotate(f"{ratio:.0f}", (row.cached_elements[1], CEILING), (6, -4), textcoords="offset points")
 
 
@@ -244,15 +249,23 @@ def _title(key: tuple[str, bool]) -> str:
     return TITLES[kind] + (", healed" if healed else "")
 
 
-def _curve(axes: Any, key: tuple[str, bool], rows: Sequence[Measured], values: Sequence[tuple[float, float]]) -> None:
-    """A line of one kind, with bars of two standard errors; where it was healed hollow points, since tokens differ."""
+def _curve(
+    axes: Any, key: tuple[str, bool], rows: Sequence[Measured], values: Sequence[tuple[float, float]], *,
+    joined: bool = True,
+) -> None:
+    """A line of one kind, with bars of two standard errors; where it was healed hollow points, since tokens differ.
+
+    Kinds stand a little beside each other, so that their bars can be told.
+    """
     if not rows:
         return
     kind, healed = key
     heights, errors = zip(*values, strict=True)
     bars = 2 * np.array(errors) if any(errors) else None
     look = {"marker": "s", "markerfacecolor": "white", "linestyle": ""} if healed else {"marker": "o"}
-    axes.errorbar([row.cached_elements[1] for row in rows], heights, bars, capsize=3, color=f"C{_order(kind)}",
+    look |= {} if joined else {"linestyle": ""}
+    beside = 4 * (_order(kind) - 2) + 2 * healed if bars is not None else 0
+    axes.errorbar([row.cached_elements[1] + beside for row in rows], heights, bars, capsize=3, color=_COLORS[kind],
                   label=_title(key), **look)
     axes.grid(alpha=0.3)
 

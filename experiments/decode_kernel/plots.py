@@ -1,4 +1,6 @@
-"""Pictures of a record of `bench_decode_kernel`: `python -m experiments.decode_kernel.plots --record h100.json`.
+"""Pictures of a record of `bench_decode_kernel`.
+
+    python -m experiments.decode_kernel.plots --record h100.json --output FOLDER
 
 One for each type of cache: time against length, bandwidth against length, tokens a second against batch, a column a
 variant; and a roofline of the largest batch, whose roofs are the copy and the product of matrices of the same run.

@@ -28,9 +28,9 @@ def make_copy(size: int) -> Copy:
     return Copy(lambda: copy(x), 2 * x.nbytes)
 
 
-def multiplier(size: int) -> Callable[[], Any]:
-    """A product of two square matrices of bfloat16: `2 size^3` FLOPs."""
-    a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
+def multiplier(size: int, dtype: str = "bfloat16") -> Callable[[], Any]:
+    """A product of two square matrices: `2 size^3` FLOPs."""
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     product = jax.jit(jnp.matmul)
     return lambda: product(a, b)
 

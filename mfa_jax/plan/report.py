@@ -1,10 +1,12 @@
 """What a program needs and how long it would take: compiled for a slice, counted, and set against published peaks.
 
-A predicted time is a bound and no measurement. Each instruction takes at least the longer of its FLOPs at the chip's
-peak and its bytes at the bandwidth of HBM; the collectives take at least their bytes on the links they cross
+A predicted time is no measurement. Each instruction is given the longer of its FLOPs at the chip's peak and its bytes
+at the bandwidth of HBM, one after another, and the collectives their bytes on the links they cross
 (`chips.collective_seconds`). If all exchange hides behind the arithmetic the step takes the longer of the two sums, if
-none does their sum: `step_seconds` and `step_seconds_without_overlap`. Latency, what the vector unit computes, matrix
-units that are not filled, and what a router that is not balanced (`costs`) makes some devices wait come on top.
+none does their sum: `step_seconds` and `step_seconds_without_overlap`. Compilers also fetch for one instruction while
+another computes: what no order of instructions can undercut, with these FLOPs and bytes, is the longest of all
+arithmetic, all bytes and all exchange, `least_seconds`. Latency, what the vector unit computes, matrix units that are
+not filled, and what a router that is not balanced (`costs`) makes some devices wait come on top.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """A step of one device, from published peaks: bounds, not measurements."""
+    """A step of one device, from published peaks: predicted, not measured."""
 
     flops: float
     """Matrix products that the program computes, what it recomputes counted in."""
@@ -53,14 +55,19 @@ class Prediction:
     memory_seconds: float
     interconnect_seconds: float
     step_seconds: float
-    """If all exchange hides behind the arithmetic."""
+    """Instructions one after another, if all exchange hides behind the arithmetic."""
     step_seconds_without_overlap: float
     mfu: float
-    """Model FLOPs utilisation for `step_seconds`: the most that can be reached."""
+    """Model FLOPs utilisation for `step_seconds`."""
     mfu_without_overlap: float
     exchanges: tuple[Exchange, ...]
     unknown_loops: tuple[str, ...]
     unknown_kernels: tuple[str, ...]
+
+    @property
+    def least_seconds(self) -> float:
+        """Below which no step is: the longest of all arithmetic, all bytes, all exchange."""
+        return max(self.compute_seconds, self.memory_seconds, self.interconnect_seconds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,13 +33,12 @@ _PEAK_FLOPS = (
     ("NVIDIA H200", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835.5e12),
     ("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA A100", 312e12), ("NVIDIA L40S", 362e12), ("NVIDIA L40", 181e12),
     ("NVIDIA L4", 121e12), ("NVIDIA A10G", 70e12),
-    # These two have no bfloat16 tensor cores; the number is float16's.
-    ("Tesla T4", 65e12), ("Tesla V100", 125e12),
 )
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Dense bfloat16 FLOP/s of a device at its peak; None where that is not known (CPU, other chips, a part of one)."""
+    """Dense bfloat16 FLOP/s of a device at its peak; None where that is not known (CPU, other chips, a part of one), or
+    where there is no bfloat16 (T4, V100)."""
     kind = device.device_kind
     return next((flops for start, flops in _PEAK_FLOPS if kind.startswith(start) and " MIG " not in kind), None)
 

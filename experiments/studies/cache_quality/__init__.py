@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
+from experiments.capacity import COLORS
 from experiments.studies import report
 from experiments.studies.records import Record
 from experiments.studies.study import Results, Run, Scale, Study, tuned
@@ -50,8 +51,9 @@ def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
     order = sorted(chosen.items(), key=lambda item: np.mean(report.values(item[1])))
     for i, (name, runs) in enumerate(order):
         bytes_, losses = runs[0].metrics["cache_bytes_per_token"], report.values(runs)
-        points = axes.plot([bytes_] * len(losses), losses, ".", alpha=0.5)
-        axes.plot(bytes_, np.mean(losses), "o", color=points[0].get_color(), markersize=8, alpha=0.7)
+        color = COLORS[name.replace("-", "_")]
+        axes.plot([bytes_] * len(losses), losses, ".", color=color, alpha=0.5)
+        axes.plot(bytes_, np.mean(losses), "o", color=color, markersize=8, alpha=0.7)
         axes.annotate(name.upper(), (bytes_, float(np.mean(losses))), xytext=(8, 5 if i % 2 else -12),
                       textcoords="offset points")
     axes.set_xscale("log", base=2)

@@ -107,9 +107,10 @@ def _picture(points: Sequence[_Point], folder: Path, scale: str) -> str:
         for j, (name, *measures, losses) in enumerate(sorted(points, key=lambda point: np.mean(point[-1]))):
             drawn = axes.plot([measures[i]] * len(losses), losses, ".", alpha=0.5)
             axes.plot(measures[i], np.mean(losses), "o", color=drawn[0].get_color())
-            axes.annotate(name, (measures[i], float(np.mean(losses))), xytext=(-5 if j % 2 else 5, 3), fontsize=7,
-                          textcoords="offset points", ha="right" if j % 2 else "left")
-        axes.set(xlabel=_MEASURES[i], ylabel="" if i else "bits per byte on books-test")
+            axes.annotate(name, (measures[i], float(np.mean(losses))), fontsize=7, textcoords="offset points",
+                          xytext=(-5 if j % 2 else 5, 3 if j % 4 > 1 else -8), ha="right" if j % 2 else "left")
+        axes.set(xlabel=_MEASURES[i] + (" [dimensions]" if i < 3 else ""),
+                 ylabel="" if i else "bits per byte on books-test")
         axes.margins(x=0.35)
         axes.grid(alpha=0.3)
     figure.suptitle(f"MFA at equal parameters ({scale}); dots are seeds")

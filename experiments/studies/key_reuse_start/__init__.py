@@ -102,7 +102,7 @@ def watch(run: Record) -> list[str]:
 
 
 def _picture(found: Sequence[Record], folder: Path) -> str:
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, runs in report.groups(found).items():
         seed = runs[0].labels["seed"]
@@ -116,7 +116,7 @@ def _picture(found: Sequence[Record], folder: Path) -> str:
         right.plot(points[:, 0], points[:, 1], linewidth=1, color=line[0].get_color())
     left.set(xscale="log", xlabel="learning rate", ylabel="bits per byte on books-valid", title="final loss")
     right.set(yscale="log", xlabel="step", ylabel="global norm of the gradient", title="at the best rate, first seed")
-    left.legend(fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return report.save(figure, folder / f"{found[0].scale}.png")

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
+from experiments.capacity import COLORS
 from experiments.studies import report
 from experiments.studies.long_context import tasks
 from experiments.studies.long_context.measurements import RECALL, Judge, by_position, needles, recall
@@ -93,10 +94,11 @@ def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
     left, middle, right = figure.subplots(1, 3)
     for name, runs in chosen.items():
         metrics = runs[0].metrics
-        left.plot(metrics["position_edges"][1:], mean(runs, "position_bits"), "o-", markersize=4, label=name)
-        middle.plot(DEPTHS, mean(runs, "needle_bits")[-1], "o-", markersize=4, label=name)
+        look: dict[str, Any] = {"color": COLORS[name.replace("-", "_")], "markersize": 4, "label": name}
+        left.plot(metrics["position_edges"][1:], mean(runs, "position_bits"), "o-", **look)
+        middle.plot(DEPTHS, mean(runs, "needle_bits")[-1], "o-", **look)
         gained = mean(runs, "fresh_bits") - mean(runs, "again_bits")
-        right.plot(PAIRS[:len(gained)], gained, "o-", markersize=4, label=name)
+        right.plot(PAIRS[:len(gained)], gained, "o-", **look)
     left.set(xlabel="position in the window, up to", ylabel="bits per byte", title="long books")
     middle.axhline(math.log2(10), color="grey", linestyle=":", label="chance")
     middle.set(xlabel="depth of the needle", ylabel="bits a digit", title="needle, at the trained length")
@@ -107,7 +109,8 @@ def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
     for axes in (left, middle, right):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    for axes in (left, middle):
+        axes.legend(fontsize=8)
     figure.suptitle(f"Long windows ({scale}), mean over seeds")
     return report.save(figure, folder / f"{scale}.png")
 

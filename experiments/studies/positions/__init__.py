@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.capacity import COLORS
 from experiments.studies import report
 from experiments.studies.measure import bits_per_byte
 from experiments.studies.records import Record
@@ -86,14 +87,15 @@ def _picture(chosen: dict[str, list[Record]], folder: Path, scale: str) -> str:
                 one = losses.shape[1] == 1
                 axes.errorbar(LENGTHS, losses.mean(1), None if one else losses.std(1, ddof=1), capsize=3,
                               fmt="o-" if name.endswith(encoding) else "s--", label=f"{name} (1 seed)" if one else name,
-                              color=f"C{VARIANTS.index(name.split()[0])}")
-        axes.set(xscale="log", xlabel="window, in trained lengths", title=f"{encoding} ({scale})")
+                              color=COLORS[name.split()[0].replace("-", "_")])
+        axes.set(xscale="log", xlabel="window, in trained lengths", ylabel="bits per byte on books-test",
+                 title=f"{encoding} ({scale})")
         axes.set_xticks(LENGTHS, [f"{factor}x" for factor in LENGTHS])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=7)
-    figure.axes[0].set_ylabel("bits per byte on books-test")
+    figure.suptitle("Scales differ; bars: deviations over seeds", fontsize=10)
     return report.save(figure, folder / f"{scale}.png")
 
 
