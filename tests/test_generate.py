@@ -233,3 +233,12 @@ def test_arguments_work_or_are_refused(
         assert max(lengths) + new <= size
 
 
+
+
+def test_a_cache_that_a_mesh_splits_has_whole_tiles_on_each_device() -> None:
+    """48 tokens a device would be no multiple of the 32 that a kernel copies of int8."""
+    c = compiled(model_config("mfa"))
+    prompts = np.full((1, 60), 1)
+    assert generate_loop._prepare(c.model, prompts, [60], 30, (), None)[-1] == 96
+    with jax.set_mesh(axes.make_mesh((2, 1, 1, 2, 2))):
+        assert generate_loop._prepare(c.model, prompts, [60], 30, (), None)[-1] == 128

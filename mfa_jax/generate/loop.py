@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mfa_jax.attention.cached import Serving, placement
 from mfa_jax.config import require
 from mfa_jax.generate.sampling import SamplingConfig, sample
+from mfa_jax.kernels import sharded
 from mfa_jax.model.transformer import Transformer, cache_length, init_cache, unstack_layers
 
 SMALLEST_BUCKET = 32
@@ -184,8 +185,10 @@ def _prepare(
                 f"of capacity={capacity}")
     width = bucket(longest)
     if capacity is None:
-        # Whole tiles of the decode kernels: 32 tokens of int8.
-        capacity = -(-max(bucket(longest + max_new_tokens), width) // 32) * 32
+        # Whole tiles of the decode kernels, 32 tokens of int8, on each device that may hold a part of the sequence.
+        sizes = sharded.mesh_sizes() or {}
+        tile = 32 * sizes.get(sharded.CONTEXT, 1) * sizes.get(sharded.TENSOR, 1)
+        capacity = -(-max(bucket(longest + max_new_tokens), width) // tile) * tile
     width = min(width, capacity)
     padded = np.zeros((len(prompts), width), np.int32)
     kept = min(width, prompts.shape[1])
