@@ -8,6 +8,7 @@ Several prompts are decoded as one batch. With one prompt the text is written as
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from typing import Annotated, Any
 
@@ -75,8 +76,8 @@ def _decode(config: DecodeConfig, trained: Trained, prompts: tuple[str, ...]) ->
         for prompt, text in zip(prompts, complete(*arguments, prompts, sampling, key, **options), strict=True):
             print(f"{prompt}{text}\n{'-' * 20}")
         return
-    sys.stdout.write(prompts[0])
-    for piece in stream_text(*arguments, prompts[0], sampling, key, **options):
+    pieces = stream_text(*arguments, prompts[0], sampling, key, **options)
+    for piece in itertools.chain([prompts[0] + next(pieces)], pieces):  # what is refused is refused before it is begun
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()

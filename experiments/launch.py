@@ -123,9 +123,15 @@ def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[
 def _forward(child: subprocess.Popen[bytes], index: int) -> threading.Thread:
     """Copies what a process says, line by line, until both its outputs end."""
     def copy(source: IO[bytes], target: IO[bytes]) -> None:
+        reader = True
         for line in source:
-            target.write(b"[%d] %s\n" % (index, line.removesuffix(b"\n")))  # one write a line, so that none are mixed
-            target.flush()
+            try:
+                if reader:  # one write a line, so that none are mixed
+                    target.write(b"[%d] %s\n" % (index, line.removesuffix(b"\n")))
+                    target.flush()
+            except BrokenPipeError:  # nobody reads any more: all are told to end, and what they still say is dropped
+                reader = False
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def both() -> None:
         assert child.stdout is not None and child.stderr is not None
@@ -141,11 +147,12 @@ def _forward(child: subprocess.Popen[bytes], index: int) -> threading.Thread:
 
 @contextlib.contextmanager
 def _on_signals(handle: Callable[[int], None]) -> Iterator[None]:
-    """What SIGTERM and Ctrl-C do meanwhile."""
+    """What SIGTERM, Ctrl-C and the end of the terminal do meanwhile."""
     def handler(number: int, frame: FrameType | None) -> None:
         handle(number)
 
-    previous: dict[int, Any] = {n: signal.signal(n, handler) for n in (signal.SIGTERM, signal.SIGINT)}
+    previous: dict[int, Any] = {n: signal.signal(n, handler)
+                                for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -181,12 +188,15 @@ def _end(children: Sequence[subprocess.Popen[bytes]], stages: Sequence[tuple[int
         if number is not None:
             _send(children, number)
         if _all_end(children, patience):
-            return
+            break
+    if any(number == signal.SIGKILL for number, _ in stages):  # of a process that has ended others may be left
+        _send(children, signal.SIGKILL)
 
 
 def _send(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    for child in children:
-        child.send_signal(number)  # does nothing for one that has ended
+    for child in children:  # each leads a group of its own: what a shell has started is ended with it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
 
 
 def _all_end(children: Sequence[subprocess.Popen[bytes]], patience: float | None) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -93,7 +94,12 @@ def make_mesh(sizes: Sequence[int] | None = None, devices: Sequence[Any] | None 
         wanted = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, shape, strict=True))
         raise ValueError(f"mesh {wanted} needs {math.prod(shape)} devices, there are {count}; "
                          f"the sizes must multiply to {count}")
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # an axis that is no product of whole dimensions of the torus takes parts of them
+        laid = mesh_utils.create_device_mesh(tuple(shape), devices, allow_split_physical_axes=True)
+        return Mesh(laid, MESH_AXES, axis_types=types)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

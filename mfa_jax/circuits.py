@@ -19,6 +19,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from flax import linen as nn
 
 from mfa_jax.config import require
 from mfa_jax.layers import at_path, stacked_blocks
@@ -91,6 +92,7 @@ def circuits(params: Any, layer: int) -> Circuits:
       ValueError: no such layer, or not the parameters of an attention variant.
       NotImplementedError: biases on queries, keys and values.
     """
+    params = nn.unbox(params)
     blocks = stacked_blocks(params["layers"])
     num_layers = sum(len(indices) for _, indices in blocks)
     require(0 <= layer < num_layers, "layer", layer, f"must be in 0 .. {num_layers - 1}")

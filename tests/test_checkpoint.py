@@ -26,7 +26,7 @@ import pytest
 from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mfa_jax.train import processes
+from mfa_jax.train import integrity, processes
 from mfa_jax.train.checkpoint import Checkpoints, CheckpointWriteError, DamagedCheckpointError, Restored
 from mfa_jax.train.integrity import UnreadableCheckpointError, checksum, unreadable
 
@@ -224,16 +224,16 @@ def test_a_writer_moves_damaged_checkpoints_aside_and_saves_their_steps_again(co
         flip(largest(copy / "4"))
         assert sorted(restored(store, abstract(state())).skipped) == [3, 4]
     aside = copy.with_name("checkpoints-damaged")
-    assert sorted(p.name for p in aside.iterdir()) == ["3", "3.1", "4", "4.1"]
+    assert sorted(p.name for p in aside.iterdir()) == ["3", "3.1", "4", "unfinished"]
     assert largest(aside / "3").read_bytes() == before
-    assert (aside / "4" / "part").read_text() == "half"
+    assert (aside / "unfinished" / "part").read_text() == "half"
 
 
 def test_a_first_save_that_was_cut_off_is_no_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "c" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
     with Checkpoints(tmp_path / "c") as store, caplog.at_level(logging.WARNING, "mfa_jax"):
         assert store.restore(abstract(state())) is None
-    assert "did not finish" in caplog.text and (tmp_path / "c-damaged" / "1").is_dir()
+    assert "did not finish" in caplog.text and (tmp_path / "c-damaged" / "unfinished").is_dir()
 
 
 def test_all_damaged_is_an_error_with_every_reason(copy: Path) -> None:
@@ -580,3 +580,67 @@ def test_meta_is_strict_json(three: Path) -> None:
     document = json.loads((three / "3" / "meta" / "metadata").read_text())
     assert document["meta"] == {**META, "step": 3} and document["step"] == 3
     assert document["leaves"]["params"]["layers/S_q"][:2] == ["float32", [8, 16, 4]]
+
+
+def test_checksums_are_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dozens in flight, each with a sum over devices, can wait for each other for ever on the devices of a CPU."""
+    calls = mock.Mock(wraps=integrity._checksums)
+    monkeypatch.setattr(integrity, "_checksums", calls)
+    found = integrity.describe(state(count=8))
+    assert calls.call_count == 1 and len(found) == len(jax.tree.leaves(state()))
+
+
+def test_a_checkpoint_beside_which_an_old_one_cannot_be_removed_is_saved(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Orbax removes them in the thread of the save, after it: of what fails there the save is not to blame."""
+    with Checkpoints(tmp_path, keep_last=1) as store:
+        for step in (1, 2, 3):
+            store.save(step, state(step), META, wait=True)
+            for other in range(1, step):  # as if these had stayed
+                shutil.copytree(tmp_path / str(step), tmp_path / str(other), dirs_exist_ok=True)
+        store._manager.reload()
+        store.save(4, state(4), META)
+        finished = store._manager.wait_until_finished
+
+        def busy() -> None:
+            finished()
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._manager, "wait_until_finished", busy)
+            store.wait()
+        assert "step 4 is saved, but older ones could not be removed" in caplog.text
+        assert store.steps() == [4], "those that can be are"
+        store._saving = 9  # and where nothing was saved it is an error, as before
+        with monkeypatch.context() as patch, pytest.raises(CheckpointWriteError, match="step 9 was not written"):
+            patch.setattr(store._manager, "wait_until_finished", busy)
+            store.wait()
+
+
+def test_a_reader_looks_again_where_a_writer_went_on(copy: Path) -> None:
+    """With one checkpoint kept, what was to be read is gone when the next is there."""
+    for old in (1, 2):
+        shutil.rmtree(copy / str(old))
+    with Checkpoints(copy, read_only=True) as reader:
+        document = reader._document
+
+        def goes_on(step: int) -> dict[str, Any]:
+            if step == 3:
+                (copy / "3").rename(copy / "4")
+            return document(step)
+
+        with mock.patch.object(reader, "_document", goes_on):
+            assert reader.read_meta() == (4, {**META, "step": 3})
+
+
+def test_of_saves_that_were_cut_off_the_last_is_kept_and_names_are_never_taken(copy: Path) -> None:
+    aside = copy.with_name("checkpoints-damaged")
+    (aside / "3.1").mkdir(parents=True)
+    for content in ("first", "second"):
+        (copy / "9.orbax-checkpoint-tmp").mkdir()
+        (copy / "9.orbax-checkpoint-tmp" / "part").write_text(content)
+        flip(largest(copy / "3")) if content == "second" else None
+        with Checkpoints(copy) as store:
+            assert restored(store, abstract(state())).skipped[9] == "its save did not finish"
+    assert sorted(path.name for path in aside.iterdir()) == ["3", "3.1", "unfinished"]
+    assert (aside / "unfinished" / "part").read_text() == "second"

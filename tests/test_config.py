@@ -20,6 +20,7 @@ from mfa_jax.config import (
     MFAKRConfig,
     MLAConfig,
     ModelConfig,
+    MoEConfig,
     OptimizerConfig,
     PositionConfig,
     RopeScaling,
@@ -104,6 +105,10 @@ def test_every_field_survives_json() -> None:
     (lambda: from_dict(TrainConfig, {"steps": "many"}), "config.steps='many': must be of type int"),
     (lambda: from_dict(TrainConfig, {"steps": True}), "config.steps=True: must be of type int"),
     (lambda: from_dict(TrainConfig, {"model": {"attention": {"kind": "rnn"}}}), "kind='rnn': must be one of gqa, mla"),
+    (lambda: from_dict(TrainConfig, {"model": {"attention": {"kind": ["gqa"]}}}), r"kind=\['gqa'\]: must be one of"),
+    (lambda: MoEConfig(output_scale=math.inf), "output_scale=inf: must be positive and finite"),
+    (lambda: MoEConfig(balance_loss=math.inf), "balance_loss=inf: must be finite"),
+    (lambda: MoEConfig(bias_update_rate=math.inf), "bias_update_rate=inf: must be finite"),
     (lambda: from_dict(TrainConfig, {"model": {"dtype": "int4"}}), "dtype='int4': must be one of float32, bfloat16"),
     (lambda: from_dict(TrainConfig, []), r"config=\[\]: must be an object"),
 ])
@@ -116,9 +121,10 @@ def test_config_files(tmp_path: object) -> None:
     path = tmp_path / "c.json"
     path.write_text(to_json(TrainConfig(steps=7)))
     assert load_json(TrainConfig, path).steps == 7
-    path.write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        load_json(TrainConfig, path)
+    for content in (b"{", b'{"workdir": "\xe9"}'):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"c.json': is not JSON"):
+            load_json(TrainConfig, path)
     with pytest.raises(ValueError, match="cannot be read"):
         load_json(TrainConfig, tmp_path / "none.json")
 

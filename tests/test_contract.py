@@ -333,7 +333,8 @@ def test_circuits_through_the_gmha_formula_equal_the_module(variant: str) -> Non
     down = p.get("W_DKV", p.get("S_q"))
     if down is not None:
         x /= np.sqrt(np.mean(np.square(x @ np.asarray(down, np.float64)), axis=-1, keepdims=True))
-    found = circuits({"layers": {"attention": jax.tree.map(lambda leaf: leaf[None], p)}}, 0)
+    boxed = nn.Partitioned(None, names=())  # as `init_params` gives them
+    found = circuits({"layers": {"attention": jax.tree.map(lambda leaf: boxed.replace(value=leaf[None]), p)}}, 0)
     expected = np.zeros((7, 24))
     for n in range(found.num_heads):
         scores = np.where(np.tri(7, dtype=bool), x[0] @ found.W(n) @ x[0].T * found.scale, -np.inf)

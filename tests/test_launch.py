@@ -120,3 +120,34 @@ def test_what_goes_wrong_between_two_starts_leaves_no_process(failure: str, monk
 def test_what_cannot_be_started_is_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         launch.main(arguments)
+
+
+def shell(command: str, *flags: str, **where: Any) -> subprocess.Popen[str]:
+    """A shell that starts others, as a script around training does."""
+    return subprocess.Popen([sys.executable, "-m", "experiments.launch", *flags, "--", "bash", "-c", command], cwd=ROOT,
+                            text=True, stderr=subprocess.PIPE, **{"stdout": subprocess.PIPE, **where})
+
+
+def test_what_a_process_has_started_ends_with_it() -> None:
+    child = shell("if [ $JAX_PROCESS_ID = 1 ]; then exit 3; fi; sleep 1000; echo still here", "--processes", "2")
+    out, _ = child.communicate(timeout=60)
+    assert child.returncode == 3 and out == ""
+
+
+def test_the_end_of_the_terminal_ends_all() -> None:
+    child = shell("echo ready; sleep 1000; true", "--processes", "2")
+    assert child.stdout is not None
+    assert sorted(child.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+    child.send_signal(signal.SIGHUP)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 128 + signal.SIGHUP and "passing SIGHUP on" in errors
+
+
+def test_where_nobody_reads_any_more_all_are_ended() -> None:
+    child = shell("yes", "--processes", "1")
+    assert child.stdout is not None
+    assert child.stdout.readline() == "[0] y\n"
+    child.stdout.close()
+    assert child.wait(timeout=60) == 128 + signal.SIGTERM
+    assert child.stderr is not None
+    child.stderr.close()

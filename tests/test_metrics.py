@@ -184,3 +184,10 @@ def test_peak_flops(kind: str, teraflops: float | None) -> None:
 
 def test_the_cpu_has_no_known_peak() -> None:
     assert peak_flops(jax.devices("cpu")[0]) is None
+
+
+def test_a_last_line_without_its_end_is_completed_before_the_next(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    with MetricsWriter(tmp_path, start_step=2) as writer:
+        writer.write(3, {"loss": 1.0})
+    assert [line["step"] for line in lines(writer.path)] == [1, 2, 3]

@@ -164,6 +164,7 @@ def test_of_grouped_products_the_rows_of_a_balanced_router_count() -> None:
     ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}, to_apply=%add", (0, 1)),
     ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, dimensions={0}", (0, 2)),
     ("source_target_pairs={{0,0},{1,3},{3,1}}, metadata={}", (1, 3)),
+    ("replica_groups=mesh['a'=8] {'a':(1)2,'a':(4)2}", ()),  # two parts of an axis: not understood
     ("replica_groups=unheard-of", ()),
 ])
 def test_groups_in_every_notation(text: str, group: tuple[int, ...]) -> None:
@@ -437,6 +438,17 @@ def test_a_real_training_step_against_the_closed_forms() -> None:
     assert not plan["prediction"]["unknown_kernels"] and not plan["prediction"]["unknown_loops"]
     crossed = {tuple(e["axes"]) for e in plan["prediction"]["exchanges"]}
     assert {("fsdp",), ("tensor",)} <= crossed and () not in crossed
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_an_axis_may_be_a_part_of_a_dimension_of_the_torus() -> None:
+    done = command("--no-suggest", "--json", "--model", "tiny-mfa", "--topology", "v5p:2x2x4", "--mesh",
+                   "fsdp=8,tensor=2", "--batch-tokens", "1024", "--seq", "128")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)["plan"]
+    assert plan["mesh"] == {"fsdp": 8, "tensor": 2} and plan["fits"]
+    assert {("fsdp",), ("tensor",)} <= {tuple(e["axes"]) for e in plan["prediction"]["exchanges"]}
 
 
 @pytest.mark.slow

@@ -51,6 +51,8 @@ def test_train_resume_and_decode_as_the_readme_says(tmp_path: Path) -> None:
     assert "decode attention by xla" in greedy[0].stderr
     named = run_script(*decode, "--temperature", "0", "--implementation", "reference", "--cache-dtype", "int8")
     assert named.returncode == 0 and "decode attention by reference" in named.stderr
-    assert run_script(*decode, "--capacity", "10").returncode == 2
+    for refused in (("--capacity", "10"), ("--top-k", "300")):
+        done = run_script(*decode, *refused)
+        assert done.returncode == 2 and done.stdout == "", "the prompt is written once something follows"
     both = run_script(*decode, "--prompt", "class ")
     assert both.returncode == 0 and "class " in both.stdout

@@ -249,6 +249,7 @@ def test_what_a_device_has_to_give_is_asked_of_one_of_this_process(
     monkeypatch.setattr(axes, "make_mesh", lambda *_: mesh)
     monkeypatch.setattr(jax, "set_mesh", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(loop, "require_divisible_batch", lambda *_: None)
+    monkeypatch.setattr(loop.starting, "describe", lambda *_: "")
     monkeypatch.setattr(parts.Parts, "build", lambda *_: mock.Mock(memory=Memory(1, 1, 1, 1, 1, 1)))
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
     monkeypatch.setattr(Checkpoints, "restore", mock.Mock(side_effect=error))

@@ -19,11 +19,14 @@ from mfa_jax.attention import core, gqa, mfa, mfa_kr, mla
 from mfa_jax.attention.cached import Serving
 from mfa_jax.attention.context import splits_sequence
 from mfa_jax.cache import Cache
-from mfa_jax.config import AttentionConfig, GQAConfig, MFAKRConfig, MLAConfig, PositionConfig
+from mfa_jax.config import AttentionConfig, GQAConfig, MFAKRConfig, MLAConfig, ModelConfig, PositionConfig
 from mfa_jax.kernels import Call
 from mfa_jax.kernels.calls import default_device
 
-__all__ = ["Serving", "build", "decode_call", "init_cache", "training_implementation"]
+__all__ = ["ANY_CALL", "Serving", "build", "decode_call", "init_cache", "serving", "training_implementation"]
+
+ANY_CALL = ("auto", "dense", "blockwise")
+"""Implementations of `core.attend` that serve any call on any device; the others can't read a cache."""
 
 _MODULES: dict[str, Any] = {"gqa": gqa.GQA, "mla": mla.MLA, "mfa": mfa.MFA, "mfa_kr": mfa_kr.MFAKR}
 _CACHES: dict[str, Any] = {
@@ -39,6 +42,12 @@ def build(config: AttentionConfig, position: PositionConfig, **fields: Any) -> n
 def init_cache(config: AttentionConfig, batch: int, capacity: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache of one layer for `batch` rows of up to `capacity` tokens."""
     return _CACHES[config.kind](config, batch, capacity, dtype)
+
+
+def serving(model: ModelConfig) -> Serving:
+    """What a model attends over its caches with: a kernel that is named for training alone leaves prefill to `auto`."""
+    prefill = model.attention_implementation
+    return Serving(model.decode_implementation, prefill if prefill in ANY_CALL else "auto", model.decode_layout)
 
 
 def decode_call(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from mfa_jax.config.checks import require, require_positive
@@ -43,7 +44,8 @@ class MoEConfig:
         require(self.shared_dim >= 0, "shared_dim", self.shared_dim, "must not be negative")
         require(self.layers is None or (len(self.layers) > 0 and sorted(set(self.layers)) == list(self.layers)),
                 "layers", self.layers, "must be layer indices in ascending order, at least one, or none for all")
-        require(self.output_scale > 0, "output_scale", self.output_scale, "must be positive")
-        require(self.balance_loss >= 0, "balance_loss", self.balance_loss, "must not be negative")
-        require(self.bias_update_rate is None or self.bias_update_rate >= 0, "bias_update_rate",
-                self.bias_update_rate, "must not be negative, or none for no biases")
+        require(0 < self.output_scale < math.inf, "output_scale", self.output_scale, "must be positive and finite")
+        require(0 <= self.balance_loss < math.inf, "balance_loss", self.balance_loss,
+                "must be finite, and not negative")
+        require(self.bias_update_rate is None or 0 <= self.bias_update_rate < math.inf, "bias_update_rate",
+                self.bias_update_rate, "must be finite and not negative, or none for no biases")

@@ -60,7 +60,8 @@ def _union_from_dict(members: tuple[Any, ...], value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(members[0]) and type(None) not in members:
         require(isinstance(value, dict) and "kind" in value, where, value, "must be an object with a `kind`")
         kinds = {get_args(get_type_hints(m)["kind"])[0]: m for m in members}
-        require(value["kind"] in kinds, f"{where}.kind", value["kind"], f"must be one of {', '.join(kinds)}")
+        require(isinstance(value["kind"], str) and value["kind"] in kinds, f"{where}.kind", value["kind"],
+                f"must be one of {', '.join(kinds)}")
         return from_dict(kinds[value["kind"]], value, where)
     return from_dict(next(m for m in members if m is not type(None)), value, where)
 
@@ -79,6 +80,6 @@ def load_json(kind: Any, path: str | Path) -> Any:
         value = json.loads(Path(path).read_text())
     except OSError as error:
         raise ValueError(f"config={str(path)!r}: cannot be read ({error.strerror})") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # or not UTF-8
         raise ValueError(f"config={str(path)!r}: is not JSON ({error})") from error
     return from_dict(kind, value)

@@ -27,7 +27,7 @@ from mfa_jax.convert.files import appearing, require_free
 from mfa_jax.convert.tensors import Source, equal, open_tensors, read_part, shorten, write_tensors
 from mfa_jax.convert.tokenizer import save_tokenizer
 from mfa_jax.data import Tokenizer
-from mfa_jax.model.transformer import Transformer
+from mfa_jax.model.transformer import Transformer, init_params
 
 CONFIG = "config.json"
 _STORED_TYPES = ("F64", "F32", "F16", "BF16")
@@ -171,7 +171,7 @@ def _refuse_unwritable(config: ModelConfig, family: ModuleType) -> None:
 
 
 def _boxed(config: ModelConfig) -> Any:
-    return jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return jax.eval_shape(lambda: init_params(Transformer(config), jax.random.key(0)))
 
 
 def _key(path: Any) -> str:

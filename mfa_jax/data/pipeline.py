@@ -105,14 +105,31 @@ class Batches(Iterator[Batch]):
         """
         place = state.get("next_index")
         require(isinstance(place, int) and place >= 0, "next_index", place, "must be the number of the next batch")
-        for name, value in self._identity.items():
-            require(state.get(name) == value, name, value,
-                    f"must be {state.get(name)!r} as in the saved state, so that the data go on where they were")
+        require_same_order(state, self._identity)
         self._iterator.set_state({"next_index": place})
 
     def close(self) -> None:
         """Stops the reading ahead."""
         self._iterator.close()
+
+
+def identity(prepared: Prepared, config: DataConfig, split: Split = "train") -> dict[str, int | str]:
+    """What the order of batches depends on.
+
+    Raises:
+      DamagedShardError: the checksums of the split cannot be read.
+    """
+    return {"split": split, "tokens": prepared.size(split).tokens, "fingerprint": prepared.meta.settings.fingerprint,
+            "sequence_length": config.sequence_length, "batch_size": config.batch_size, "seed": config.seed,
+            "digest": Verified(prepared.folder / f"{split}.bin").digest}
+
+
+def require_same_order(saved: dict[str, Any], found: dict[str, int | str]) -> None:
+    """Raises `ValueError` where batches would come in another order, or be others, than those of a saved state."""
+    for name, value in found.items():
+        before = saved.get(name, value if name == "digest" else None)  # states of the first version have none
+        require(before == value, name, value,
+                f"must be {before!r} as in the saved state, so that the data go on where they were")
 
 
 def require_windows(prepared: Prepared, config: DataConfig, split: Split) -> None:
@@ -135,10 +152,7 @@ def make_loader(prepared: Prepared, config: DataConfig, split: Split = "train", 
     dataset = dataset.shuffle(seed=config.seed).repeat(reseed_each_epoch=True)
     # Nothing is dropped of an endless dataset; without drop_remainder its length overflows where rows is 1.
     dataset = dataset[process_index::process_count].batch(rows, drop_remainder=True)
-    identity: dict[str, int | str] = {
-        "split": split, "tokens": prepared.size(split).tokens, "fingerprint": prepared.meta.settings.fingerprint,
-        "sequence_length": config.sequence_length, "batch_size": config.batch_size, "seed": config.seed}
-    return Batches(iter(dataset.to_iter_dataset(READ)), identity)
+    return Batches(iter(dataset.to_iter_dataset(READ)), identity(prepared, config, split))
 
 
 def eval_batches(prepared: Prepared, config: DataConfig, count: int, process_index: int = 0,

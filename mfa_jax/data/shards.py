@@ -130,6 +130,11 @@ class Verified:
                                     f"{self._sums.size} checksums; one of the two is not what was written")
         self._checked = np.zeros(chunks, bool)
 
+    @property
+    def digest(self) -> int:
+        """Of the whole file, as its checksums have it."""
+        return zlib.crc32(self._sums.tobytes())
+
     def check(self, start: int, stop: int) -> None:
         """Raises `DamagedShardError`, with the place, unless bytes `start` to `stop` are those that were written."""
         for chunk in range(start // CHUNK, -(-stop // CHUNK)):

@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mfa_jax.attention.cached import Serving, placement
+from mfa_jax.attention import serving
+from mfa_jax.attention.cached import placement
 from mfa_jax.config import require
 from mfa_jax.generate.sampling import SamplingConfig, sample
 from mfa_jax.kernels import sharded
@@ -154,10 +155,9 @@ def abstract_state(
     state, mesh = jax.eval_shape(prefill, params), jax.sharding.get_mesh()
     if mesh.empty:
         return state
-    c = model.config
-    serving = Serving(c.decode_implementation, c.attention_implementation, c.decode_layout)
+    heads, served = model.config.attention.num_heads, serving(model.config)
     at = jax.tree.map(lambda _: PartitionSpec(), state)._replace(
-        caches=tuple(placement(cache, c.attention.num_heads, serving) for cache in state.caches))
+        caches=tuple(placement(cache, heads, served) for cache in state.caches))
     return jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), state, at)
 
@@ -185,10 +185,7 @@ def _prepare(
                 f"of capacity={capacity}")
     width = bucket(longest)
     if capacity is None:
-        # Whole tiles of the decode kernels, 32 tokens of int8, on each device that may hold a part of the sequence.
-        sizes = sharded.mesh_sizes() or {}
-        tile = 32 * sizes.get(sharded.CONTEXT, 1) * sizes.get(sharded.TENSOR, 1)
-        capacity = -(-max(bucket(longest + max_new_tokens), width) // tile) * tile
+        capacity = sharded.whole_tiles(max(bucket(longest + max_new_tokens), width))
     width = min(width, capacity)
     padded = np.zeros((len(prompts), width), np.int32)
     kept = min(width, prompts.shape[1])

@@ -108,6 +108,14 @@ def choose(sizes: Mapping[str, int], *, B: int, N: int, K: int, S: int, layout: 
     return split[layout]
 
 
+def whole_tiles(length: int) -> int:
+    """At least so many positions, in whole tiles of the kernels (32 tokens of int8) on each device of the ambient mesh
+    that may hold a part of a sequence."""
+    sizes = mesh_sizes() or {}
+    tile = 32 * sizes.get(CONTEXT, 1) * sizes.get(TENSOR, 1)
+    return -(-length // tile) * tile
+
+
 def first_position(layout: Layout, S: int) -> Int[Array, ""] | int:
     """Position of this device's first key, where S are those of a device; inside `shard_map`."""
     return lax.axis_index(layout.sequence) * S if layout.sequence else 0

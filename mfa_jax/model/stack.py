@@ -77,9 +77,8 @@ class Block(nn.Module):
         out_scale = (2 * c.num_layers) ** -0.5 if c.depth_scaled_init else 1.0
         x = constrain(x, "batch", "sequence", "act_embed")
         with jax.named_scope(c.attention.variant):
-            serving = attention.Serving(c.decode_implementation, c.attention_implementation, c.decode_layout)
-            mixer = attention.build(c.attention, c.position, implementation=c.attention_implementation, serving=serving,
-                                    out_scale=out_scale, name="attention", **types)
+            mixer = attention.build(c.attention, c.position, implementation=c.attention_implementation,
+                                    serving=attention.serving(c), out_scale=out_scale, name="attention", **types)
             normed = RMSNorm(c.norm_eps, name="attention_norm", **types)(x)
             y, cache = mixer(normed, positions, segments, cache, inv_freq)
             x = x + y

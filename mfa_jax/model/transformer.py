@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -122,9 +123,11 @@ class Transformer(nn.Module):
 
 
 def init_params(model: Transformer, key: Key[Array, ""]) -> Any:
-    """Parameters at their initial values, each with the logical names of its axes."""
-    # As many tokens as every attention kernel takes: one that was named refuses fewer.
-    return model.init(key, jnp.zeros((1, 128), jnp.int32))["params"]
+    """Parameters at their initial values, each with the logical names of its axes; whatever kernels compute the model,
+    and whether they can serve here."""
+    model = model.clone(config=dataclasses.replace(
+        model.config, attention_implementation="auto", expert_implementation="auto", expert_exchange="auto"))
+    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def layer_frequencies(config: ModelConfig) -> Float[Array, "L W"] | None:

@@ -52,7 +52,7 @@ def mesh_of(topology: Topology, sizes: tuple[int, ...]) -> Mesh:
     """The mesh of such axis sizes (those of `axes.MESH_AXES`, -1 for the rest) over the chips of a slice.
 
     Raises:
-      ValueError: a slice that the compiler does not know, or sizes that do not lie on it.
+      ValueError: a slice that the compiler does not know, or sizes that do not multiply to its chips.
     """
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
@@ -60,9 +60,4 @@ def mesh_of(topology: Topology, sizes: tuple[int, ...]) -> Mesh:
         slices = ", ".join(Topology(topology.chip, shape).name for shape in topology.chip.slices)
         raise ValueError(f"topology={topology.name!r}: the compiler does not know it ({error}); slices are "
                          f"{slices}") from error
-    try:
-        return axes.make_mesh(sizes, devices)
-    except NotImplementedError as error:
-        wanted = ", ".join(f"{axis}={size}" for axis, size in zip(axes.MESH_AXES, sizes, strict=True))
-        raise ValueError(f"mesh {wanted} does not lie on {topology.name}: each axis must be a product of whole "
-                         f"dimensions of {topology.shape}") from error
+    return axes.make_mesh(sizes, devices)

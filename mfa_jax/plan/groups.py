@@ -48,6 +48,8 @@ def _of_mesh(mesh: str, order: str | None, axes: str) -> tuple[int, ...]:
     taken: list[int] = []
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
         axis = list(sizes).index(name)
+        if axis in taken:  # two parts of one axis: no program was seen to have that
+            return ()
         members = np.arange(sizes[name])
         if size:
             after = sizes[name] // (int(before) * int(size))

@@ -96,7 +96,7 @@ class _Search:
         self.tries: list[Try] = []
 
     def lay(self, topology: Topology, sizes: MeshConfig) -> Mesh | None:
-        """The mesh over a slice; None where it does not lie there, or its arguments take more than a chip has."""
+        """The mesh over a slice; None where the sizes do not divide it, or its arguments take more than a chip has."""
         kept = {axis: size for axis, size in dataclasses.asdict(sizes).items() if axis != "fsdp"}
         rest, left = divmod(topology.size, math.prod(kept.values()))
         reason = f"{topology.size} chips are no multiple of {kept}" if left else ""

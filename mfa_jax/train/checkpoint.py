@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
@@ -24,14 +23,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mfa_jax.config import require
-from mfa_jax.train import integrity, processes
+from mfa_jax.train import integrity, keeping, processes
 from mfa_jax.train.integrity import META, DamagedCheckpointError
+from mfa_jax.train.keeping import Keep
 
 log = logging.getLogger(__name__)
 
-_UNFINISHED = re.compile(r"(\d+)\.orbax-checkpoint-tmp")
 # On another mesh a process reads up to a chunk beside its own parts of an array.
 _SAVE = ocp.SaveArgs(chunk_byte_size=64 << 20)
+_READS = 5
+"""How often a reader looks again where a writer removes what it was about to read."""
 _T = TypeVar("_T")
 
 
@@ -50,24 +51,6 @@ class Restored:
     """Newer checkpoints that could not be used, each with its reason."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Keep:
-    """Preservation policy of orbax: the `last` newest steps and the one with the lowest metric.
-
-    Orbax's own `BestN` keeps every checkpoint without a metric for ever, and its `best_fn` drops the newest steps in
-    favour of the best.
-    """
-
-    last: int
-    metrics: dict[int, float]
-
-    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        steps = sorted(info.step for info in checkpoints)
-        scored = [(self.metrics[step], step) for step in steps if step in self.metrics]
-        keep = {*steps[-self.last:], *(step for _, step in sorted(scored)[:1])}
-        return [info.step in keep for info in checkpoints]
-
-
 class Checkpoints:
     """The checkpoints of one run, in one folder; the only writer of it, until it is closed, unless `read_only`.
 
@@ -83,7 +66,7 @@ class Checkpoints:
         self.folder = epath.Path(folder if "://" in os.fspath(folder) else os.path.abspath(folder))
         self.read_only = read_only
         self._metrics: dict[int, float] = {}
-        self._saving = -1
+        self._keep, self._saving = Keep(keep_last, self._metrics), -1
         with contextlib.ExitStack() as opened:
             if not read_only:
                 try:
@@ -94,7 +77,7 @@ class Checkpoints:
                                                str(self.folder)) from error
             # Directories made asynchronously: a read-only folder would block the process for five minutes at exit.
             self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
-                create=not read_only, preservation_policy=_Keep(keep_last, self._metrics),
+                create=not read_only, preservation_policy=self._keep,
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
             opened.callback(self._manager.close)
             if not read_only:  # each step is then a question to all processes
@@ -171,13 +154,24 @@ class Checkpoints:
             yield
         except Exception as error:
             self._manager.reload()  # it already counts the step that failed
-            with contextlib.suppress(OSError):  # what is left of it takes the room of the next one
-                if jax.process_index() == 0:
-                    (self.folder / f"{self._saving}.orbax-checkpoint-tmp").rmtree(missing_ok=True)
+            if self._is_written(self._saving):  # orbax removes old ones in the same thread, after it
+                log.warning("%s: step %d is saved, but older ones could not be removed (%s)", self.folder, self._saving,
+                            error)
+                self._keep.remove_others(self.folder, self._manager.all_steps())
+                self._manager.reload()
+                return
+            keeping.remove_unfinished(self.folder, self._saving)
             code = integrity.error_code(error) or errno.EIO
             reason = os.strerror(code) if code != errno.EIO else str(error)
             raise CheckpointWriteError(code, f"checkpoint of step {self._saving} was not written: {reason}",
                                        str(self.folder)) from error
+
+    def _is_written(self, step: int) -> bool:
+        try:
+            integrity.read_sealed(self._meta_file(step))
+        except (DamagedCheckpointError, OSError):
+            return False
+        return step in self._manager.all_steps()
 
     def close(self) -> None:
         """Waits for the last save, frees the threads and the folder; raises `CheckpointWriteError` if it failed."""
@@ -212,7 +206,8 @@ class Checkpoints:
           step: this checkpoint and no other.
 
         A newer checkpoint that is damaged or unfinished is logged, told in `skipped` and, unless `read_only`, moved to
-        the folder `<folder>-damaged` beside, so that its step can be saved again. Nothing is deleted.
+        the folder `<folder>-damaged` beside, so that its step can be saved again; nothing is deleted but what an
+        earlier save that was cut off had left there.
 
         Raises:
           ValueError: `step` is not there; the checkpoint is of another architecture (leaves, found and expected).
@@ -222,37 +217,43 @@ class Checkpoints:
         integrity.require_trees(abstract, jax.ShapeDtypeStruct, "abstract")
         found = self._newest(lambda s: self._load(s, abstract), step)
         newer = {} if step is not None else {
-            s: path for s, path in self._unfinished().items() if found is None or s > found[0]}
+            s: path for s, path in keeping.unfinished(self.folder).items() if found is None or s > found[0]}
         damaged = {} if found is None else found[2]
         skipped = {**damaged, **{s: "its save did not finish" for s in newer}}
         for bad, reason in sorted(skipped.items()):
             log.warning("%s: step %d is skipped: %s", self.folder, bad, reason)
         if skipped and not self.read_only:
-            self._move_aside({s: self.folder / str(s) for s in damaged} | newer)
+            keeping.move_aside(self.folder, {s: self.folder / str(s) for s in damaged}, newer)
+            self._manager.reload()
         return None if found is None else Restored(found[0], *found[1], skipped)
 
     def _newest(self, read: Callable[[int], _T], step: int | None) -> tuple[int, _T, dict[int, str]] | None:
         """The newest step that `read` can read, what it read, and why each newer one could not be read."""
-        self.wait()
-        self._manager.reload()
-        steps = self.steps()
-        processes.require_same(f"steps in {self.folder}", str(steps))
-        if step is not None:
-            require(step in steps, "step", step, f"is not in {self.folder}; there are {steps or 'none'}")
-        damaged: dict[int, str] = {}
-        for candidate in reversed(steps) if step is None else [step]:
-            try:
-                return candidate, read(candidate), damaged
-            except DamagedCheckpointError as error:
-                damaged[candidate] = str(error)
+        for _ in range(_READS):
+            self.wait()
+            self._manager.reload()
+            steps = self.steps()
+            processes.require_same(f"steps in {self.folder}", str(steps))
+            if step is not None:
+                require(step in steps, "step", step, f"is not in {self.folder}; there are {steps or 'none'}")
+            damaged: dict[int, str] = {}
+            for candidate in reversed(steps) if step is None else [step]:
+                try:
+                    return candidate, read(candidate), damaged
+                except DamagedCheckpointError as error:
+                    damaged[candidate] = str(error)
+            if not (self.read_only and step is None and self.steps() != steps):
+                break  # else a writer went on meanwhile, and removed what was to be read
         if not damaged:
             return None
         reasons = "; ".join(f"step {s}: {reason}" for s, reason in damaged.items())
         raise DamagedCheckpointError(f"{self.folder}: no usable checkpoint ({reasons})")
 
+    def _meta_file(self, step: int) -> epath.Path:
+        return self.folder / str(step) / META / "metadata"
+
     def _document(self, step: int) -> dict[str, Any]:
-        path = self.folder / str(step) / META / "metadata"
-        return processes.agreeing(lambda: integrity.read_sealed(path), DamagedCheckpointError)
+        return processes.agreeing(lambda: integrity.read_sealed(self._meta_file(step)), DamagedCheckpointError)
 
     def _load(self, step: int, abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         document = self._document(step)
@@ -280,21 +281,3 @@ class Checkpoints:
                 f"cannot be read ({type(error).__name__}: {reason})") from error
         finally:
             handler.close()
-
-    def _unfinished(self) -> dict[int, epath.Path]:
-        """Folders of saves that were cut off, by step; orbax would delete one when it saves that step again."""
-        names = [path.name for path in self.folder.iterdir()] if self.folder.exists() else []
-        # As process 0 saw them: it may move them away before another has looked.
-        names = json.loads(processes.gather(json.dumps(names))[0])
-        return {int(match[1]): self.folder / name for name in names if (match := _UNFINISHED.fullmatch(name))}
-
-    def _move_aside(self, paths: Mapping[int, epath.Path]) -> None:
-        target = self.folder.parent / f"{self.folder.name}-damaged"
-        if jax.process_index() == 0:
-            target.mkdir(parents=True, exist_ok=True)
-            for step, path in paths.items():
-                taken = sum(other.name.split(".")[0] == str(step) for other in target.iterdir())
-                path.rename(target / (f"{step}.{taken}" if taken else str(step)))
-        processes.gather("moved aside")
-        self._manager.reload()
-        log.warning("%s: moved steps %s to %s", self.folder, sorted(paths), target)

@@ -13,7 +13,7 @@ from mfa_jax.config import TrainConfig
 from mfa_jax.data import Prepared, eval_batches
 from mfa_jax.train.feed import to_mesh
 from mfa_jax.train.losses import BatchSums, Loss
-from mfa_jax.train.step import TrainState, data_shard
+from mfa_jax.train.step import TrainState, data_shard, in_parts
 
 
 def make_evaluation(
@@ -26,7 +26,8 @@ def make_evaluation(
     Args:
       given: what the loss is given beside the batch.
     """
-    jitted = jax.jit(loss, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    # In the parts of a training step: what fits into memory there does here.
+    jitted = jax.jit(in_parts(config.accumulate, loss), out_shardings=NamedSharding(mesh, PartitionSpec()))
     size = prepared.size("held_out")
 
     def means(params: Any) -> dict[str, float]:

@@ -30,11 +30,14 @@ class Feed:
     def __init__(self, loader: Batches, mesh: Mesh, goodput: Goodput) -> None:
         self._loader, self._mesh, self._goodput = loader, mesh, goodput
         self._ahead: Any = None
+        self._error: Exception | None = None
         self.place = loader.get_state()
         """Where the data go on after the last batch that was taken: for a checkpoint."""
 
     def take(self) -> Any:
-        """The next batch."""
+        """The next batch. What went wrong when it was read ahead is raised here, where the step before is done."""
+        if self._error is not None:
+            raise self._error
         with self._goodput.phase("data"):
             batch = to_mesh(next(self._loader), self._mesh) if self._ahead is None else self._ahead
         self._ahead, self.place = None, self._loader.get_state()
@@ -44,6 +47,9 @@ class Feed:
         """Draws the batch after it. Waiting for it counts as lost only if `running`, a result of the step that was
         issued, is there at the end: then the devices had nothing to do for some of that time."""
         began = time.perf_counter()
-        self._ahead = to_mesh(next(self._loader), self._mesh)
+        try:
+            self._ahead = to_mesh(next(self._loader), self._mesh)
+        except (ValueError, OSError) as error:
+            self._error = error
         if running.is_ready():
             self._goodput.add("data", time.perf_counter() - began)

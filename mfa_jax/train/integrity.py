@@ -67,7 +67,6 @@ def unreadable(error: Exception, place: str) -> UnreadableCheckpointError | None
         f"was moved: start again, and where it lasts, move the step out of its folder", str(file or place))
 
 
-@jax.jit
 def checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
     """`sum_i mix(word_i * (2 i c + 1)) mod 2^32` over the elements' bits, at positions `i` of the whole array.
 
@@ -95,10 +94,19 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@jax.jit
+def _checksums(leaves: dict[str, Any]) -> dict[str, UInt32[Array, ""]]:
+    return {path: checksum(leaf) for path, leaf in leaves.items()}
+
+
 def describe(tree: Any) -> Leaves:
-    """`[dtype, shape, checksum]` of each leaf by its path."""
+    """`[dtype, shape, checksum]` of each leaf by its path.
+
+    In one program: of dozens that are in flight at once, each with a sum over devices, the threads of a CPU's devices
+    may each wait in another one, for ever.
+    """
     leaves = leaves_by_path(tree)
-    sums = jax.device_get({path: checksum(leaf) for path, leaf in leaves.items()})
+    sums = jax.device_get(_checksums(leaves))
     return {path: [str(leaf.dtype), list(leaf.shape), int(sums[path])] for path, leaf in leaves.items()}
 
 

@@ -93,7 +93,7 @@ def train(
             known = None if teacher is None else starting.read_teacher(config, teacher, mesh)
         with goodput.phase("setup"):
             prepared = processes.leader_first(lambda: starting.open_data(config))
-            processes.require_same("prepared data", to_json(prepared.meta))
+            starting.require_same_data(config, checkpoints, prepared)
         parts = Parts.build(config, mesh, prepared, goodput, known)
         stack.enter_context(explaining_memory(config, mesh.local_devices[0], parts.memory))
         with goodput.phase("restore"):
@@ -101,7 +101,7 @@ def train(
             loader = make_loader(prepared, config.data, "train", *data_shard(mesh, config.data.batch_size))
             state = _start(config, parts, restored, loader)
         if leader:
-            (workdir / run.CONFIG).write_text(to_json(config))
+            run.write_config(workdir, config)
         with (
             contextlib.closing(loader),
             MetricsWriter(workdir, start_step=-1 if restored is None else restored.step, enabled=leader) as writer,
@@ -181,7 +181,8 @@ class _Loop:
         began, steps_timed = time.perf_counter(), 0
         while step < config.steps and not stop(step):
             profile.at(step, state)
-            batch = self.feed.take()
+            with self._keeping(step, saved, state, pending):
+                batch = self.feed.take()
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, fresh = self.parts.step(state, batch)
             if step + 1 < config.steps:  # a batch past the end, were it damaged, would cost the last checkpoint
@@ -198,7 +199,8 @@ class _Loop:
                 continue
             self._require_finite(pending, step, state)
             line = self._measure(step, fresh, steps_timed, time.perf_counter() - began) if log_now else {}
-            evaluation = self._evaluate(step, state) if evaluate else {}
+            with self._keeping(step, saved, state):
+                evaluation = self._evaluate(step, state) if evaluate else {}
             self.metrics |= line | evaluation
             if line or evaluation:
                 self._write(step, line | evaluation)
@@ -252,21 +254,47 @@ class _Loop:
         """Starts a save, once the one before is written, and says whether it did; what to do where one fails is the
         config's choice."""
         meta = {"config": to_dict(self.config), "data": self.feed.place, "metrics": self.metrics}
-        saved = False
+        earlier: CheckpointWriteError | None = None
         with self.goodput.phase("checkpoint"):
-            with self._save_failures():
+            try:
                 self.checkpoints.wait()
-            with contextlib.nullcontext() if last else self._save_failures():
-                self.checkpoints.save(step, checkpoint_items(state), meta, metric=metric)
-                saved = True
-        return saved
+            except CheckpointWriteError as error:
+                if jax.process_count() > 1:  # others may not have failed, and would wait
+                    raise
+                earlier = error  # what is in hand is saved first: there may be room by now
+            try:
+                self.checkpoints.save(step, checkpoint_items(state), meta, metric=metric, wait=earlier is not None)
+            except CheckpointWriteError as error:
+                if last or self.config.on_save_failure == "stop":
+                    raise
+                self._note(earlier, error)
+                return False
+        if earlier is not None and self.config.on_save_failure == "stop" and not last:
+            self.bar.print(f"step {step} is saved")
+            raise earlier
+        self._note(earlier)
+        return True
 
-    @contextlib.contextmanager
-    def _save_failures(self) -> Iterator[None]:
-        try:
-            yield
-        except CheckpointWriteError as error:
-            if self.config.on_save_failure == "stop":
-                raise
+    def _note(self, *errors: CheckpointWriteError | None) -> None:
+        for error in filter(None, errors):
             self.failed_saves += 1
             log.warning("%s: %s; the run goes on", error.filename, error.strerror)
+
+    @contextlib.contextmanager
+    def _keeping(
+        self, step: int, saved: int, state: TrainState, pending: dict[str, Any] | None = None
+    ) -> Iterator[None]:
+        """Saves the step that is done before an error beside it, of the data or an evaluation, ends the run. Of several
+        processes maybe not all have it, so that they end as they are."""
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError):
+            if step > saved and jax.process_count() == 1:
+                self._require_finite(pending, step, state)
+                self.bar.print(f"the run cannot go on: saving step {step}")
+                try:
+                    self._save(step, state, None, last=True)
+                    self.checkpoints.wait()
+                except CheckpointWriteError as error:
+                    log.warning("%s: %s", error.filename, error.strerror)
+            raise

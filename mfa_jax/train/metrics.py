@@ -145,13 +145,14 @@ def _drop_lines(path: Path, start_step: int) -> None:
         return
     kept: list[str] = []
     dropped: list[str] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines():
         try:
             keep = json.loads(line)["step"] <= start_step
         except (ValueError, KeyError, TypeError):
             keep = False
         (kept if keep else dropped).append(line + "\n")
-    if not dropped:
+    if not dropped and (not text or text.endswith("\n")):
         return
     log.info("%s: %d lines past step %d move to metrics.dropped.jsonl", path, len(dropped), start_step)
     with path.with_name("metrics.dropped.jsonl").open("a", encoding="utf-8") as file:

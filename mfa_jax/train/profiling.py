@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,6 +10,8 @@ from typing import Any, Self
 import jax
 
 from mfa_jax.train.goodput import Goodput
+
+log = logging.getLogger(__name__)
 
 
 class ProfileWindow:
@@ -31,11 +34,20 @@ class ProfileWindow:
             return
         jax.block_until_ready(state)
         with self._goodput.phase("profile"):
-            if self._tracing:
-                jax.profiler.stop_trace()
-            else:
+            self._trace(not self._tracing)
+
+    def _trace(self, on: bool) -> None:
+        """A trace that cannot be written is told, and no reason to end a run."""
+        try:
+            if on:
+                self._folder.mkdir(parents=True, exist_ok=True)
                 jax.profiler.start_trace(self._folder)
-        self._tracing = not self._tracing
+            else:
+                jax.profiler.stop_trace()
+            self._tracing = on
+        except (OSError, RuntimeError) as error:
+            log.warning("%s: no trace (%s)", self._folder, error)
+            self._steps, self._tracing = range(0), False
 
     def __enter__(self) -> Self:
         return self
@@ -43,4 +55,4 @@ class ProfileWindow:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         if self._tracing:  # the run ends within the window
-            jax.profiler.stop_trace()
+            self._trace(False)

@@ -19,8 +19,11 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from mfa_jax import axes
-from mfa_jax.config import ModelConfig, TrainConfig, from_dict, require, to_dict
+from mfa_jax.attention import ANY_CALL
+from mfa_jax.config import ModelConfig, TrainConfig, from_dict, require, to_dict, to_json
 from mfa_jax.data import Tokenizer, load_tokenizer
+from mfa_jax.kernels import default_device
+from mfa_jax.model import dispatch, grouped
 from mfa_jax.model.transformer import Transformer, init_params
 from mfa_jax.train.checkpoint import Checkpoints
 
@@ -47,7 +50,8 @@ class Trained:
 def load_trained(
     workdir: str | Path, *, step: int | None = None, ema: bool = False, mesh: Mesh | None = None
 ) -> Trained:
-    """The newest intact checkpoint of a run (or that of `step`), its parameters placed on `mesh`; nothing is changed.
+    """The newest intact checkpoint of a run (or that of `step`), its parameters placed on `mesh`. Nothing is changed
+    but kernels that were named for training and can't serve here: they become `auto`.
 
     Args:
       ema: read the moving average of the weights in place of the weights.
@@ -59,13 +63,26 @@ def load_trained(
     with _opened(workdir) as checkpoints:
         _, config = _saved_config(checkpoints, step)
         require(not ema or config.ema_decay is not None, "ema", True, "the run kept no moving average (ema_decay)")
-        model = Transformer(config.model)
+        model = Transformer(_for_any_call(config.model))
         mesh = mesh or axes.make_mesh((1,) * len(axes.MESH_AXES), jax.devices()[:1])
         item = "ema" if ema else "params"
         restored = checkpoints.restore({item: abstract_params(model, mesh)}, step)
     assert restored is not None
     return Trained(model, restored.items[item], load_tokenizer(Path(workdir) / TOKENIZER), config, restored.step,
                    restored.skipped)
+
+
+def _for_any_call(model: ModelConfig) -> ModelConfig:
+    """The model without kernels that were named for training: they serve no cache, or not on this device."""
+    platform, changes = default_device().platform, dict[str, Any]()
+    if model.attention_implementation not in ANY_CALL:
+        changes["attention_implementation"] = "auto"
+    for name, resolve in (("expert_implementation", grouped.resolve), ("expert_exchange", dispatch.resolve_exchange)):
+        try:
+            resolve(getattr(model, name), platform)
+        except NotImplementedError:
+            changes[name] = "auto"
+    return dataclasses.replace(model, **changes)
 
 
 def load_config(workdir: str | Path, *, field: str = "workdir") -> tuple[int, TrainConfig]:
@@ -79,6 +96,14 @@ def load_config(workdir: str | Path, *, field: str = "workdir") -> tuple[int, Tr
     """
     with _opened(workdir, field) as checkpoints:
         return _saved_config(checkpoints, None, field)
+
+
+def write_config(workdir: Path, config: TrainConfig) -> None:
+    """The config of a start; that of the one before is there until it is whole, and stays where it is the same."""
+    text, file, part = to_json(config), workdir / CONFIG, workdir / f"{CONFIG}.partial"
+    if not file.exists() or file.read_text() != text:
+        part.write_text(text)
+        part.replace(file)
 
 
 def _opened(workdir: str | Path, field: str = "workdir") -> Checkpoints:

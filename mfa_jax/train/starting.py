@@ -11,11 +11,12 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from mfa_jax import attention, capacity
-from mfa_jax.config import DistillationConfig, GroupRates, TrainConfig, from_dict, require, to_dict
-from mfa_jax.data import Prepared, Tokenizer, load_tokenizer, prepare
-from mfa_jax.data.pipeline import require_windows
+from mfa_jax.config import DistillationConfig, GroupRates, TrainConfig, from_dict, require, to_dict, to_json
+from mfa_jax.data import Prepared, Tokenizer, load_tokenizer, pipeline, prepare
+from mfa_jax.data.shards import DamagedShardError
 from mfa_jax.data.tokenizer_files import SAVED
 from mfa_jax.model import dispatch, grouped
+from mfa_jax.model.transformer import Transformer
 from mfa_jax.train import losses, processes, run
 from mfa_jax.train.checkpoint import Checkpoints
 from mfa_jax.train.losses import Teacher
@@ -131,19 +132,40 @@ def open_data(config: TrainConfig) -> Prepared:
     require(config.model.vocab_size >= tokenizer.vocab_size, "model.vocab_size", config.model.vocab_size,
             f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {config.data.tokenizer!r}")
     prepared = prepare(config.data, config.data.prepared or workdir / run.DATA, tokenizer)
-    require_windows(prepared, config.data, "train")
+    pipeline.require_windows(prepared, config.data, "train")
     saved = workdir / run.TOKENIZER
     if not (saved / SAVED).exists():  # one that was cut off lacks it, and is made again
         tokenizer.save(saved)
     return prepared
 
 
+def require_same_data(config: TrainConfig, checkpoints: Checkpoints, prepared: Prepared) -> None:
+    """Refuses data other than those that a run goes on with, or than other processes have.
+
+    Raises:
+      ValueError: what differs; processes that differ.
+    """
+    processes.require_same("prepared data", to_json(prepared.meta))
+    found = checkpoints.read_meta()
+    if found is not None:
+        try:
+            pipeline.require_same_order(found[1]["data"], pipeline.identity(prepared, config.data))
+        except DamagedShardError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"data.source={config.data.source!r}, prepared in {str(prepared.folder)!r}: other data "
+                             f"than those of the run in {config.workdir} ({error}); accepted: those, or another "
+                             f"workdir") from error
+
+
 def describe(config: TrainConfig, mesh: Mesh) -> str:
     """What is about to be trained, on what, and what `auto` became there; `mesh` is the ambient one.
 
     Raises:
+      ValueError: a size of the model that does not divide over the mesh.
       NotImplementedError: a named implementation can't serve; says why, and what can.
     """
+    run.abstract_params(Transformer(config.model), mesh)  # refuses what does not divide
     model, data, device = config.model, config.data, mesh.devices.flat[0]
     count, active, how = capacity.model_parameters(model), "", []
     how.append("attention by " + attention.training_implementation(

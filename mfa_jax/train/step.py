@@ -136,9 +136,14 @@ def _accumulated(config: TrainConfig, loss: Loss) -> Callable[..., tuple[BatchSu
         (_, sums), grads = jax.value_and_grad(value, has_aux=True)(params)
         return sums, _wide(grads)
 
-    def many(params: Any, batch: Any, *given: Any) -> tuple[BatchSums, Any]:
-        # Part i takes every accumulate-th row: each device's rows stay on it.
-        parts = jax.tree.map(lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+    return in_parts(config.accumulate, one)
+
+
+def in_parts(count: int, one: Callable[..., Any]) -> Callable[..., Any]:
+    """`one(params, batch, *given)`, whose results are sums over rows, of a batch in so many parts, one by one."""
+    def many(params: Any, batch: Any, *given: Any) -> Any:
+        # Part i takes every count-th row: each device's rows stay on it.
+        parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             part = jax.tree.map(lambda x: axes.constrain(x, "batch", None), part)
@@ -148,7 +153,7 @@ def _accumulated(config: TrainConfig, loss: Loss) -> Callable[..., tuple[BatchSu
         start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, params, first, *given))
         return jax.lax.scan(add, start, parts)[0]
 
-    return one if config.accumulate == 1 else many
+    return one if count == 1 else many
 
 
 def _wide(tree: Any) -> Any:
