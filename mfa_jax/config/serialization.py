@@ -67,6 +67,7 @@ def _union_from_dict(members: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def to_json(config: Any) -> str:
+    """A config as JSON, from which `from_dict` makes an equal one."""
     return json.dumps(to_dict(config), indent=2)
 
 

@@ -81,8 +81,8 @@ def generate(
       cache_dtype: of the cached arrays; None for the model's compute type.
 
     Raises:
-      ValueError: a prompt longer than the cache, `max_new_tokens` past the cache, an id outside the vocabulary, an
-        empty prompt.
+      ValueError: a prompt longer than the cache, `max_new_tokens` past the cache, an id or a stop token
+        outside the vocabulary, an empty prompt.
     """
     prepared = _prepare(model, prompts, lengths, max_new_tokens, stop_tokens, capacity)
     state = _generate(model, params, *prepared[:3], key, jnp.int32(max_new_tokens), sampling=sampling,
