@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from mfa_jax.words import as_words, from_words
+
 SCALED = {jnp.dtype(jnp.int8): 127, jnp.dtype(jnp.float8_e4m3fn): 448}
 """Types whose tokens have a scale, and the largest number they hold."""
 
@@ -95,12 +97,13 @@ class Cache:
         if tokens > self.capacity:
             raise ValueError(f"{tokens} tokens do not fit into a cache of {self.capacity}; allocate at least {tokens}")
 
-    def append(self, *new: Float[Array, "B *K T W"], start: Any = 0) -> Self:
+    def append(self, *new: Float[Array, "B *K T W"], start: Any = 0, words: bool = False) -> Self:
         """The cache with T more tokens in each row, given for each stream.
 
         Args:
           start: position of the first token that these arrays have room for, where they are one shard of a sequence;
             tokens outside the shard are left out. An integer where they are no shard.
+          words: write narrow floats as integers of their size, for CPUs; see `words`.
 
         Raises:
           ValueError: more tokens than a row holds.
@@ -116,7 +119,9 @@ class Cache:
             if scale is not None:
                 tokens_of, scale_of = quantize(tokens_of, stream.dtype)
                 written[f"{name}_scale"] = _write(scale, rows, columns, scale_of, self.has_heads)
-            written[name] = _write(stream, rows, columns, tokens_of.astype(stream.dtype), self.has_heads)
+            look = as_words if words else lambda x: x
+            stored = _write(look(stream), rows, columns, look(tokens_of.astype(stream.dtype)), self.has_heads)
+            written[name] = from_words(stored, stream.dtype)
         return dataclasses.replace(self, length=self.length + tokens, **written)
 
     def read(self, dtype: Any) -> tuple[Any, ...]:

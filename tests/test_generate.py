@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import chex
 import jax
@@ -14,8 +15,19 @@ from hypothesis import strategies as st
 
 from mfa_jax import axes
 from mfa_jax.data import ByteTokenizer
-from mfa_jax.generate import SamplingConfig, bucket, complete, encode_prompts, generate, stream, stream_text
+from mfa_jax.generate import (
+    SamplingConfig,
+    arguments,
+    bucket,
+    complete,
+    encode_prompts,
+    generate,
+    lower_decode,
+    stream,
+    stream_text,
+)
 from mfa_jax.generate import loop as generate_loop
+from mfa_jax.model.transformer import Transformer, init_params
 from tests.contract import ATTENTION, V, compiled, model_config, tokens
 
 GREEDY = SamplingConfig(temperature=0)
@@ -224,7 +236,7 @@ def test_arguments_work_or_are_refused(
     c = compiled(model_config("mfa"))
     prompts = np.full((len(lengths), width), high)
     try:
-        padded, kept, _, buffer, size = generate_loop._prepare(c.model, prompts, lengths, new, (), capacity)
+        padded, kept, _, buffer, size = arguments.prepare(c.model, prompts, lengths, new, (), capacity)
     except ValueError:
         fits = capacity is None or max(lengths) + new <= capacity
         assert not (width and all(1 <= n <= width for n in lengths) and new >= 1 and high < V and fits)
@@ -239,6 +251,21 @@ def test_a_cache_that_a_mesh_splits_has_whole_tiles_on_each_device() -> None:
     """48 tokens a device would be no multiple of the 32 that a kernel copies of int8."""
     c = compiled(model_config("mfa"))
     prompts = np.full((1, 60), 1)
-    assert generate_loop._prepare(c.model, prompts, [60], 30, (), None)[-1] == 96
+    assert arguments.prepare(c.model, prompts, [60], 30, (), None)[-1] == 96
     with jax.set_mesh(axes.make_mesh((2, 1, 1, 2, 2))):
-        assert generate_loop._prepare(c.model, prompts, [60], 30, (), None)[-1] == 128
+        assert arguments.prepare(c.model, prompts, [60], 30, (), None)[-1] == 128
+
+
+@pytest.mark.parametrize("variant", ["mha", "mfa", "mfa_kr", "mla"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_on_cpus_no_narrow_cache_is_made_wide(variant: str, dtype: str) -> None:
+    """XLA's own way there is to convert all of it to float32 and back for each token that is written, or block read."""
+    config = model_config(variant)
+    model = Transformer(config)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+    def wide(cache_dtype: str) -> list[str]:
+        program = lower_decode(model, params, batch_size=2, capacity=4096, sampling=GREEDY, cache_dtype=cache_dtype)
+        return re.findall(r"= f32\[[\d,]*\b4096,[\d,]*\]", program.compile().as_text())
+
+    assert wide(dtype) == [] and wide("float32") != []

@@ -299,7 +299,7 @@ def test_what_an_exchange_resolves_to() -> None:
     ({"num_experts": 0}, "num_experts=0: must be at least 1"),
     ({"layers": (2, 1)}, r"layers=\(2, 1\): must be layer indices in ascending order"),
     ({"layers": ()}, r"layers=\(\): must be layer indices in ascending order, at least one"),
-    ({"bias_update_rate": -1.0}, "bias_update_rate=-1.0: must not be negative"),
+    ({"bias_update_rate": -1.0}, "bias_update_rate=-1.0: must be finite and not negative"),
     ({"output_scale": 0.0}, "output_scale=0.0: must be positive"),
 ])
 def test_bad_configs_are_named(changes: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from mfa_jax.attention.core import attend
 from mfa_jax.cache import Cache
-from mfa_jax.kernels import MAX_QUERIES, sharded
+from mfa_jax.kernels import MAX_QUERIES, kept_as_words, sharded
 from mfa_jax.positions import rope_table, rotate
 
 C = TypeVar("C", bound=Cache)
@@ -39,8 +39,8 @@ def cached_attention(
     that query i sees: the result and the new cache.
 
     Query t of row b stands at `i = cache.length[b] + t` and sees `j <= i`. A row past the end of its cache sees all of
-    it under `jit`; outside `jit`, where its length is known, it is refused. Where a mesh is set, the cache
-    lies on it as `kernels.sharded.choose` says, before and after.
+    it under `jit`; outside `jit`, where its length is known, it is refused. Where a mesh is set, the cache lies on it
+    as `kernels.sharded.choose` says, before and after.
 
     Args:
       new: the tokens' entry of each stream, `[B, *K, T, W]`. Where the cache has one stream, keys serve as values: as
@@ -61,11 +61,11 @@ def cached_attention(
     sizes, layout = sharded.mesh_sizes(), _layout(cache, N, serving)
 
     def append(cache: C, new: tuple[Array, ...]) -> C:
-        return cache.append(*new, start=sharded.first_position(layout, cache.capacity))
+        return cache.append(*new, start=sharded.first_position(layout, cache.capacity), words=kept_as_words())
 
     def decode(q: Array, cache: C, new: tuple[Array, ...], slopes: Any, rope: Any) -> tuple[Array, C]:
         cache = append(cache, new)
-        (k, v), (k_scale, v_scale) = ((x if len(x) == 2 else (*x, None)) for x in (cache.streams, cache.scales))
+        (k, v), (k_scale, v_scale) = ((*x, None)[:2] for x in (cache.streams, cache.scales))
         out = sharded.decode_shard(
             q, k, v, cache.length, layout=layout, start=sharded.first_position(layout, cache.capacity), scale=scale,
             rope=rope, alibi_slopes=slopes, k_scale=k_scale, v_scale=v_scale, value_width=value_width,

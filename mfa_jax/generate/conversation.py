@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from mfa_jax.config import require
-from mfa_jax.generate.loop import Generated, bucket, decode, read
+from mfa_jax.generate.arguments import bucket
+from mfa_jax.generate.loop import Generated, decode, read
 from mfa_jax.generate.sampling import SamplingConfig
 from mfa_jax.model.transformer import Transformer, init_cache
 

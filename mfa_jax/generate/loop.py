@@ -20,11 +20,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mfa_jax.attention import serving
 from mfa_jax.attention.cached import placement
 from mfa_jax.config import require
+from mfa_jax.generate.arguments import SMALLEST_BUCKET, prepare
 from mfa_jax.generate.sampling import SamplingConfig, sample
-from mfa_jax.kernels import sharded
+from mfa_jax.kernels import kept_as_words
 from mfa_jax.model.transformer import Transformer, cache_length, init_cache, unstack_layers
-
-SMALLEST_BUCKET = 32
+from mfa_jax.words import as_words, from_words
 
 
 class Generated(NamedTuple):
@@ -48,16 +48,6 @@ class _State(NamedTuple):
     seen: Any
     keys: Key[Array, " B"]
     stops: Int[Array, "B Z"]
-
-
-def bucket(size: int) -> int:
-    """The size rounded up to the next of 32, 48, 64, 96, 128, ...: at most half more than was asked for."""
-    power = SMALLEST_BUCKET
-    while power < size:
-        if size <= power * 3 // 2:
-            return power * 3 // 2
-        power *= 2
-    return power
 
 
 def generate(
@@ -84,7 +74,7 @@ def generate(
       ValueError: a prompt longer than the cache, `max_new_tokens` past the cache, an id or a stop token
         outside the vocabulary, an empty prompt.
     """
-    prepared = _prepare(model, prompts, lengths, max_new_tokens, stop_tokens, capacity)
+    prepared = prepare(model, prompts, lengths, max_new_tokens, stop_tokens, capacity)
     state = _generate(model, params, *prepared[:3], key, jnp.int32(max_new_tokens), sampling=sampling,
                       buffer=prepared[3], capacity=prepared[4], cache_dtype=cache_dtype)
     return jax.tree.map(lambda x: x[:, :max_new_tokens] if x.ndim == 2 else x, state)
@@ -97,7 +87,7 @@ def stream(
 ) -> Iterator[Generated]:
     """As `generate`, handing out what is there after every `chunk` tokens; the last one equals `generate`'s result."""
     require(chunk >= 1, "chunk", chunk, "must be at least 1")
-    prepared = _prepare(model, prompts, lengths, max_new_tokens, stop_tokens, capacity)
+    prepared = prepare(model, prompts, lengths, max_new_tokens, stop_tokens, capacity)
     state = _prefill(model, params, *prepared[:3], key, sampling=sampling, buffer=prepared[3], capacity=prepared[4],
                      cache_dtype=cache_dtype)
     limit = 1
@@ -120,7 +110,7 @@ def lower_generate(
       params: arrays, or their `jax.ShapeDtypeStruct`s.
     """
     prompts = np.zeros((batch_size, prompt_tokens), np.int32)
-    *arrays, buffer, capacity = _prepare(model, prompts, [prompt_tokens] * batch_size, max_new_tokens, (), capacity)
+    *arrays, buffer, capacity = prepare(model, prompts, [prompt_tokens] * batch_size, max_new_tokens, (), capacity)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return _generate.lower(model, params, *arrays, key, np.int32(max_new_tokens), sampling=sampling, buffer=buffer,
                            capacity=capacity, cache_dtype=cache_dtype)
@@ -160,48 +150,6 @@ def abstract_state(
         caches=tuple(placement(cache, heads, served) for cache in state.caches))
     return jax.tree.map(
         lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), state, at)
-
-
-def _prepare(
-    model: Transformer, prompts: Any, lengths: Any, max_new_tokens: int, stop_tokens: Any, capacity: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
-    """Checked and padded arguments: prompts, lengths, stop tokens, size of the output, capacity of the cache."""
-    prompts, lengths = _integers("prompts", prompts), _integers("lengths", lengths)
-    require(prompts.ndim == 2 and prompts.size > 0, "prompts", prompts.shape, "must be token ids of shape [B, T]")
-    require(lengths.shape == (len(prompts),), "lengths", lengths.shape, f"must have shape ({len(prompts)},)")
-    require(bool(lengths.min() >= 1) and bool(lengths.max() <= prompts.shape[1]), "lengths", lengths.tolist(),
-            f"must be in 1 .. {prompts.shape[1]}: a prompt has at least one token")
-    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "must be at least 1")
-    vocab = model.config.vocab_size
-    real = np.arange(prompts.shape[1]) < lengths[:, None]
-    wrong = prompts[real & ((prompts < 0) | (prompts >= vocab))]
-    require(wrong.size == 0, "prompts", wrong[:5].tolist(), f"token ids must be in 0 .. {vocab - 1}")
-    longest = int(lengths.max())
-    if capacity is not None:
-        require(longest <= capacity, "prompts", longest,
-                f"a prompt is longer than the cache, capacity={capacity} tokens")
-        require(longest + max_new_tokens <= capacity, "max_new_tokens", max_new_tokens,
-                f"must be at most {capacity - longest}: the prompt's {longest} tokens and the new ones share a cache "
-                f"of capacity={capacity}")
-    width = bucket(longest)
-    if capacity is None:
-        capacity = sharded.whole_tiles(max(bucket(longest + max_new_tokens), width))
-    width = min(width, capacity)
-    padded = np.zeros((len(prompts), width), np.int32)
-    kept = min(width, prompts.shape[1])
-    padded[:, :kept] = np.where(real, prompts, 0)[:, :kept]
-    stops = _integers("stop_tokens", stop_tokens)
-    require(not np.any((stops < -1) | (stops >= vocab)), "stop_tokens", stops.tolist(), f"must be in -1 .. {vocab - 1}")
-    stops = stops if stops.ndim >= 2 else np.broadcast_to(stops.reshape(1, -1), (len(prompts), stops.size))
-    require(stops.shape[0] == len(prompts), "stop_tokens", stops.shape, f"must have {len(prompts)} rows")
-    return padded, lengths.astype(np.int32), stops.astype(np.int32), bucket(max_new_tokens), capacity
-
-
-def _integers(name: str, given: Any) -> np.ndarray:
-    """As they are: cast to int32 before they are checked, 2 ** 32 + 1 and 1.9 would be token 1."""
-    found = np.asarray(given)
-    require(found.size == 0 or np.issubdtype(found.dtype, np.integer), name, found.dtype.name, "must be integers")
-    return found
 
 
 def _unrolled(model: Transformer, params: Any) -> Callable[..., Any]:
@@ -280,7 +228,16 @@ def decode(model: Transformer, params: Any, state: _State, limit: Array, *, samp
     def unfinished(state: _State) -> Bool[Array, ""]:
         return (state.step < limit) & ~jnp.all(state.generated.stopped)
 
-    return jax.lax.while_loop(unfinished, body, state)
+    # Carried as what they are written and read as.
+    types = jax.tree.map(lambda x: x.dtype, state.caches)
+
+    def carried(state: _State) -> _State:
+        return state._replace(caches=jax.tree.map(as_words, state.caches)) if kept_as_words() else state
+
+    def used(state: _State) -> _State:
+        return state._replace(caches=jax.tree.map(from_words, state.caches, types))
+
+    return used(jax.lax.while_loop(unfinished, lambda s: carried(body(used(s))), carried(state)))
 
 
 def _choose(state: _State, logits: Float[Array, "B V"], sampling: SamplingConfig) -> _State:

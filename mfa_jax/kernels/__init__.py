@@ -13,7 +13,8 @@ One stream of keys serves all query heads of MFA, MFA-KR, MQA, and of MLA with i
 several. `resolve` says what `auto` takes, and why a named implementation can't serve a call.
 """
 
-from mfa_jax.kernels.calls import Call, Device, default_device
+from mfa_jax.kernels.calls import Call, Device, default_device, kept_as_words
 from mfa_jax.kernels.decode import IMPLEMENTATIONS, MAX_QUERIES, decode_attention, resolve
 
-__all__ = ["IMPLEMENTATIONS", "MAX_QUERIES", "Call", "Device", "decode_attention", "default_device", "resolve"]
+__all__ = ["IMPLEMENTATIONS", "MAX_QUERIES", "Call", "Device", "decode_attention", "default_device",
+           "kept_as_words", "resolve"]

@@ -56,6 +56,11 @@ class Device:
 _HOPPER = re.compile(r"NVIDIA (H100|H200|H800|H20|GH200)\b")
 
 
+def kept_as_words() -> bool:
+    """Whether narrow floats of a cache are written, read and carried as integers here: on CPUs, see `words`."""
+    return default_device().platform == "cpu"
+
+
 def default_device() -> Device:
     """Of the ambient mesh, whose devices may be compile-only; else `jax.default_device`, where one is set (or the first
     of a platform); else the first of the default backend."""

@@ -1,10 +1,9 @@
 """The portable decode kernel: plain JAX, an online softmax over blocks, in a loop that ends at the longest length.
 
 A step takes time for what is valid, not for what is allocated: rows of 512 tokens in a cache of 8192 cost what they
-cost in a cache of 512. On CPUs that is so for float32 and int8: XLA has no scatter of bfloat16 and float8 there, and
-converts the whole cache, in every step, to write and to read it. Where keys are stored before rope, block `j0` uses
-`R(i) q . R(j) k = (R(-j0) R(i) q) . (R(j - j0) k)`: the query is turned back by the start of the block, and keys by
-their offset in it, from one table.
+cost in a cache of 512. On CPUs narrow floats are read as integers for that (`words`). Where keys are stored before
+rope, block `j0` uses `R(i) q . R(j) k = (R(-j0) R(i) q) . (R(j - j0) k)`: the query is turned back by the start of the
+block, and keys by their offset in it, from one table.
 """
 
 from __future__ import annotations
@@ -15,6 +14,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
+
+from mfa_jax.kernels.calls import kept_as_words
+from mfa_jax.words import as_words, from_words
 
 _HIDDEN = -1e30
 """Score of a key that is not seen; finite, since -inf - -inf is not a number."""
@@ -42,6 +44,8 @@ def decode_attention(
     slopes = None if alibi_slopes is None else jnp.tile(alibi_slopes, T)
     rows = q.reshape(B, M, H)
     product = _product(q.dtype)
+    dtype, look = k.dtype, as_words if kept_as_words() else lambda x: x
+    k, v = look(k), None if v is None else look(v)
     rope = None if inv_freq is None else (inv_freq, _table(jnp.arange(block), inv_freq))
 
     def step(j: Array, carry: _Carry) -> _Carry:
@@ -50,7 +54,7 @@ def decode_attention(
         key = start + jnp.arange(block)
         stored, k_scale_j = _block(k, start, block), _block(k_scale, start, block)
         held = (key < lengths[:, None])[:, :, None]
-        stored = jnp.where(held, stored, jnp.zeros((), k.dtype)).astype(q.dtype)
+        stored = jnp.where(held, from_words(stored, dtype), jnp.zeros((), dtype)).astype(q.dtype)
         queries, turned = rows, stored
         if rope is not None:
             frequencies, table = rope
@@ -70,7 +74,8 @@ def decode_attention(
         if v is None:
             values, value_scale = stored[:, :, :h], k_scale_j
         else:
-            values = jnp.where(held, _block(v, start, block), jnp.zeros((), v.dtype)).astype(q.dtype)
+            values = from_words(_block(v, start, block), dtype)
+            values = jnp.where(held, values, jnp.zeros((), dtype)).astype(q.dtype)
             value_scale = _block(v_scale, start, block)
         if value_scale is not None:
             # What is not seen has weight zero, but its scale may be anything.
