@@ -50,7 +50,8 @@ class ModelConfig:
     """Layers one after the other in place of a loop over them, with the same parameters. A loop copies into its arrays
     and out again what the backward pass needs; without one it stays where it is, for more compile time."""
     attention_implementation: Literal["auto", "dense", "blockwise", "splash", "cudnn", "tokamax", "context"] = "auto"
-    """Attention for training and prefill, by name; auto resolves by device and size, `core.resolve` says to what.
+    """Attention for training, by name, and for prefill if it can read a cache (dense, blockwise; of the others prefill
+    takes auto); auto resolves by device and size, `core.resolve` says to what.
     Training on a mesh that splits the sequence takes `context` for auto, which is for training steps alone: it takes
     tokens in zig-zag order, as `train.step` lays them."""
     decode_implementation: Literal["auto", "reference", "xla", "mosaic_tpu", "mosaic_tpu_interpret", "mosaic_gpu",
