@@ -102,17 +102,18 @@ def _correlation(points: Sequence[_Point], measure: int) -> str:
 
 def _picture(points: Sequence[_Point], folder: Path, scale: str) -> str:
     figure = Figure(figsize=(16, 4.5), layout="constrained")
-    for i, axes in enumerate(figure.subplots(1, len(_MEASURES), sharey=True)):
-        # Neighbours' names go to either side of their points.
-        for j, (name, *measures, losses) in enumerate(sorted(points, key=lambda point: np.mean(point[-1]))):
+    panels = figure.subplots(1, len(_MEASURES), sharey=True)
+    for i, axes in enumerate(panels):
+        for name, *measures, losses in sorted(points, key=lambda point: np.mean(point[-1])):
             drawn = axes.plot([measures[i]] * len(losses), losses, ".", alpha=0.5)
-            axes.plot(measures[i], np.mean(losses), "o", color=drawn[0].get_color())
-            axes.annotate(name, (measures[i], float(np.mean(losses))), fontsize=7, textcoords="offset points",
-                          xytext=(-5 if j % 2 else 5, 3 if j % 4 > 1 else -8), ha="right" if j % 2 else "left")
+            axes.plot(measures[i], np.mean(losses), "o", color=drawn[0].get_color(), label=name)
         axes.set(xlabel=_MEASURES[i] + (" [dimensions]" if i < 3 else ""),
                  ylabel="" if i else "bits per byte on books-test")
-        axes.margins(x=0.35)
+        axes.margins(x=0.1)
         axes.grid(alpha=0.3)
+    # In order of loss, beside the panels: next to the points names would lie on each other.
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], names[::-1], loc="outside right upper")
     figure.suptitle(f"MFA at equal parameters ({scale}); dots are seeds")
     return report.save(figure, folder / f"{scale}.png")
 
