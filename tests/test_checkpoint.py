@@ -531,6 +531,23 @@ def test_a_full_disk_loses_nothing_and_is_told_at_the_next_call(small_disk: Path
             store.close()
 
 
+def test_that_a_save_failed_is_known_before_the_next(small_disk: Path) -> None:
+    with Checkpoints(small_disk / "c") as store:
+        store.save(1, noise(100), META)
+        while store._manager.is_saving_in_progress():
+            assert not store.has_failed()
+        assert not store.has_failed()
+        store.save(2, noise(1000), META)
+        while store._manager.is_saving_in_progress():
+            pass
+        assert store.has_failed() and store.has_failed(), "asking does not forget it"
+        with pytest.raises(CheckpointWriteError, match="step 2 was not written: No space left"):
+            store.wait()
+        assert not store.has_failed()
+        store.save(3, noise(100), META, wait=True)
+        assert store.steps() == [1, 3]
+
+
 def test_a_read_only_folder(small_disk: Path) -> None:
     with Checkpoints(small_disk / "c") as store:
         store.save(1, noise(100), META, wait=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from mfa_jax.config import MeshConfig, to_dict
@@ -58,6 +60,23 @@ def test_after_a_save_that_failed_the_next_step_is_saved_before_anything_else(
     else:
         assert train_on_one(config).metrics["failed_saves"] == 1
         assert saved_steps(tmp_path)[-1] == 6 and "step 2 was not written: No space; the run goes on" in caplog.text
+
+
+def test_a_failed_save_is_noticed_with_the_next_line_of_metrics(
+        corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Not a whole `save_every` later, and what was trained meanwhile is saved."""
+    failing_waits(monkeypatch, 1)
+    saving = ocp.CheckpointManager.is_saving_in_progress
+
+    def is_saving(manager: ocp.CheckpointManager) -> bool:  # as where steps are slow beside saves
+        while saving(manager):
+            time.sleep(0.01)
+        return False
+
+    monkeypatch.setattr(ocp.CheckpointManager, "is_saving_in_progress", is_saving)
+    with pytest.raises(CheckpointWriteError, match="step 5 was not written"):
+        train_on_one(config_for(tmp_path, corpus, steps=20, save_every=5, eval_every=0))
+    assert saved_steps(tmp_path)[-1] == 6
 
 
 def test_a_failed_save_before_the_last_is_told_and_does_not_undo_it(

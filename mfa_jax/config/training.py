@@ -215,8 +215,8 @@ class TrainConfig:
     """How many of the latest checkpoints stay; the one with the lowest held-out loss stays besides."""
     on_save_failure: Literal["stop", "continue"] = "stop"
     """What a checkpoint, or a line of metrics, that cannot be written (disk full, ...) does to the run: it stops, or it
-    goes on, tells, and tries again at the next (in a run of one process); the save at the end of a run must succeed
-    either way."""
+    goes on, tells, and tries again at the next line of metrics or save (in a run of one process); the save at the end
+    of a run must succeed either way."""
     compilation_cache: str | None = None
     """Folder where compiled programs are kept, so that the next start need not compile: worth it wherever runs are
     restarted. It is trusted like code, grows without bound, and serves one kind of device and version of JAX. None

@@ -67,6 +67,7 @@ class Checkpoints:
         self.read_only = read_only
         self._metrics: dict[int, float] = {}
         self._keep, self._saving = Keep(keep_last, self._metrics), -1
+        self._failed: CheckpointWriteError | None = None
         with contextlib.ExitStack() as opened:
             if not read_only:
                 try:
@@ -138,12 +139,24 @@ class Checkpoints:
         if wait:
             self.wait()
 
+    def has_failed(self) -> bool:
+        """Whether a save ended, and failed, that nobody waited for yet; `wait` and `save` raise what it failed for."""
+        if self._failed is None and not self._manager.is_saving_in_progress():
+            try:
+                self.wait()
+            except CheckpointWriteError as error:
+                self._failed = error
+        return self._failed is not None
+
     def wait(self) -> None:
         """Returns once everything saved so far is on disk.
 
         Raises:
           CheckpointWriteError: the last save failed.
         """
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
         with self._reporting():
             self._manager.wait_until_finished()
 

@@ -193,8 +193,8 @@ class _Loop:
             pending = fresh
             last = step == config.steps
             evaluate = last or (config.eval_every > 0 and step % config.eval_every == 0)
-            save = last or step % config.save_every == 0
             log_now = last or step % config.log_every == 0
+            save = last or step % config.save_every == 0 or (log_now and self.checkpoints.has_failed())
             if not (evaluate or save or log_now):
                 continue
             self._require_finite(pending, step, state)
