@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,18 +178,33 @@ def compare(left: Outputs, right: Outputs) -> dict[str, Any]:
     return found
 
 
+def same_tokenizer(tokenizer: Tokenizer, right: str) -> bool | None:
+    """Whether ids are the same tokens to the right model; None where it holds no tokenizer, or none without a name."""
+    try:
+        theirs = open_tokenizer(right, None)
+    except (ValueError, NotImplementedError):
+        return None
+    same = theirs.encoding == tokenizer.encoding
+    if not same:
+        print(f"{right} has another tokenizer than left: ids may be other tokens to it", file=sys.stderr)
+    return same
+
+
 def main(config: CheckParityConfig) -> None:
+    same: bool | None = None
     if config.text is None:
         right = golden(config.right)
     else:
         text = next(iter(documents(config.text))).text
-        ids = np.asarray(open_tokenizer(config.left, config.tokenizer).encode(text)[: config.tokens], np.int64)
+        tokenizer = open_tokenizer(config.left, config.tokenizer)
+        same = same_tokenizer(tokenizer, config.right)
+        ids = np.asarray(tokenizer.encode(text)[: config.tokens], np.int64)
         require(len(ids) >= 2, "text", len(ids), "must have at least 2 tokens")
         right = outputs(config.right, ids)
     found = compare(outputs(config.left, right.ids), right)
     if not config.per_position:
         found = {name: value for name, value in found.items() if name not in ("positions", "difference", "kl")}
-    print(json.dumps({"left": config.left, "right": config.right, **found}))
+    print(json.dumps({"left": config.left, "right": config.right, "same_tokenizer": same, **found}))
     differences = [found[name] for name in ("largest_difference", "largest_nll_difference") if name in found]
     # Not by a maximum: nan compares as false with everything.
     beyond = [x for x in differences if config.tolerance is not None and not x <= config.tolerance]

@@ -16,6 +16,7 @@ are done are kept beside it, in `OUT.unfinished`, so that the same command goes 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,6 +24,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,14 +32,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from etils import epath
 
 from experiments import cli
-from mfa_jax.capacity import cache_elements_per_token
-from mfa_jax.config import GQAConfig, ModelConfig, require
+from mfa_jax import axes
+from mfa_jax.capacity import cache_elements_per_token, model_parameters
+from mfa_jax.config import DType, GQAConfig, ModelConfig, require
 from mfa_jax.convert import (
     balanced,
     gqa_to_mfa,
     gqa_to_mfa_kr,
+    host,
     load_pretrained,
     pretrained_config,
     pretrained_tokenizer,
@@ -50,6 +55,7 @@ from mfa_jax.convert.plain import key_pca, mean_pool
 from mfa_jax.convert.reduce import reduce_gqa
 from mfa_jax.data import Tokenizer, documents
 from mfa_jax.model.transformer import Transformer
+from mfa_jax.train import processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +80,8 @@ class ConvertConfig:
     """Tokens of a row."""
     ridge: float = 0.01
     """Of the refit, as a share of the mean square of the features."""
+    param_dtype: DType = "float32"
+    """What parameters are read and written in: bfloat16 takes half of the memory, and each number rounds to 8 bits."""
     tokenizer: str | None = None
     """Name of the tokenizer in the folder, or beside the .gguf file; none for what it holds."""
     report: bool = False
@@ -220,27 +228,44 @@ def unfinished(out: str) -> Path:
     return Path(out).with_name(f"{Path(out).name}.unfinished")
 
 
+@contextlib.contextmanager
+def _alone(out: str) -> Iterator[None]:
+    """Inside, no other conversion keeps its layers there. Raises: ValueError: one does."""
+    folder = unfinished(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with processes.sole_writer(epath.Path(folder)):
+        try:
+            yield
+        finally:
+            if not any(folder.glob("*.*")):  # nothing but the lock
+                shutil.rmtree(folder)
+
+
 def main(config: ConvertConfig) -> None:
     start = time.monotonic()
     require_free(Path(config.out))
     tokenizer = pretrained_tokenizer(config.source, config.tokenizer)
     require_convertible(config, pretrained_config(config.source))
-    given, params = load_pretrained(config.source)
-    require(tokenizer.vocab_size <= given.vocab_size, "tokenizer.vocab_size", tokenizer.vocab_size,
-            f"must be at most the model's vocab_size={given.vocab_size}")
+    # Not on an accelerator: the whole model is there twice over, and only layers are computed with.
+    mesh = axes.make_mesh((1,) * len(axes.MESH_AXES), [host()])
     kept = goes_by_layer(config.method, config.cache_ratio)
-    resumed = kept and any(unfinished(config.out).glob("state-*.npz"))
-    found, converted, layers = convert(config, given, params, tokenizer)
-    save_run(config.out, found, balanced(found, converted), tokenizer)
-    if kept:
-        shutil.rmtree(unfinished(config.out), ignore_errors=True)
+    with _alone(config.out) if kept else contextlib.nullcontext():
+        given, params = load_pretrained(config.source, param_dtype=config.param_dtype, mesh=mesh)
+        require(tokenizer.vocab_size <= given.vocab_size, "tokenizer.vocab_size", tokenizer.vocab_size,
+                f"must be at most the model's vocab_size={given.vocab_size}")
+        resumed = kept and any(unfinished(config.out).glob("state-*.npz"))
+        found, converted, layers = convert(config, given, params, tokenizer)
+        save_run(config.out, found, balanced(found, converted), tokenizer)
+        for file in unfinished(config.out).glob("*.*") if kept else ():
+            file.unlink()
     if config.report:
         for layer in layers:
             print(json.dumps(dataclasses.asdict(layer)))
     old, new = (cache_elements_per_token(c.attention) for c in (given, found))
     print(json.dumps({
         "out": config.out, "attention": found.attention.variant, "cached_elements": [old, new],
-        "cache_ratio": round(old / new, 3), "resumed": resumed, "seconds": round(time.monotonic() - start, 1),
+        "cache_ratio": round(old / new, 3), "parameters": [model_parameters(c).total for c in (given, found)],
+        "resumed": resumed, "seconds": round(time.monotonic() - start, 1),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}))
 
 

@@ -2,7 +2,7 @@ r"""Train a converted model towards the one that it was made from: distillation,
 
     python -m experiments.convert --from DIR --to mfa_kr --cache-ratio 2 --calibration FILE --out runs/converted
     python -m experiments.heal --teacher DIR --student runs/converted --workdir runs/healed --data.source FILE \
-        --steps 1000
+        --steps 1000 --optimizer.schedule-steps 2000
     python -m experiments.heal --config runs/healed/config.json --steps 2000     # goes on
 
 The loss is the divergence of the student's predictions from the teacher's; `--distillation.*` sets the temperature,
@@ -24,32 +24,37 @@ from jax.sharding import Mesh
 
 from experiments import cli
 from experiments.opening import open_model
+from experiments.train import parse as parse_run
 from experiments.train import start
 from mfa_jax.config import DataConfig, DistillationConfig, OptimizerConfig, TrainConfig, load_json, require
 from mfa_jax.train import cluster, run
 from mfa_jax.train.losses import Teacher
 
 _NONE = "(none)"
-"""In place of a teacher that was not given."""
+"""In place of a teacher, or a text, that was not given."""
 _ABOUT = """--teacher PLACE is the model to learn from (a Hugging Face folder, a .gguf file or the folder of a run), and
 --student DIR the folder of the run to start with, such as experiments.convert writes; other names of
 --distillation.teacher and --initial."""
 
 
-def defaults(student: str | None) -> TrainConfig:
+def defaults(student: str | None, workdir: str | None = None) -> TrainConfig:
     """What healing starts from, before there are flags: the student's model and tokenizer, and what suits healing.
+
+    Args:
+      workdir: of the run; one that has begun goes on without the student's folder.
 
     Raises:
       ValueError: no run, or no checkpoint, in the student's folder.
     """
     config = TrainConfig(
         workdir="runs/healed", initial=student, distillation=DistillationConfig(_NONE),
-        data=DataConfig(sequence_length=512, batch_size=8),
+        data=DataConfig(source=_NONE, sequence_length=512, batch_size=8),
         optimizer=OptimizerConfig(learning_rate=3e-6, warmup_steps=20, weight_decay=0.0))
     if student is None:
         return config
     tokenizer = str(Path(student) / run.TOKENIZER)
-    _, saved = run.load_config(student)
+    begun = not Path(student).exists() and (Path(workdir or config.workdir) / run.CHECKPOINTS).is_dir()
+    _, saved = run.load_config(workdir or config.workdir) if begun else run.load_config(student, field="student")
     return dataclasses.replace(config, model=saved.model, data=dataclasses.replace(config.data, tokenizer=tokenizer))
 
 
@@ -66,16 +71,18 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     args, student = cli.take(args, "--student")
     require(student is None or initial is None, "initial", initial, f"is another name of --student {student!r}")
     student = student or initial
+    _, workdir = cli.take(args, "--workdir")
     _, path = cli.take(args, "--config")
     require(path is None or load_json(dict, path).get("distillation", {}) is not None, "config", path,
             "is of no healing run: its distillation is null; give --student and flags in its place, or leave "
             "distillation out of the file")
     for flag, value in (("--distillation.teacher", teacher), ("--initial", student)):
         args += [] if value is None else [flag, value]
-    config = cli.parse(TrainConfig, args, default=defaults(student), about=_ABOUT)
+    config = parse_run(args, default=defaults(student, workdir), about=_ABOUT)
     require(config.distillation is not None and config.distillation.teacher != _NONE, "teacher", None,
             "give --teacher, or a --config that has one")
     require(config.initial is not None, "student", None, "give --student, or a --config that has one (initial)")
+    require(config.data.source != _NONE, "data.source", None, "give the text to heal on (--data.source)")
     return config
 
 
@@ -86,7 +93,7 @@ def read_teacher(config: TrainConfig, mesh: Mesh) -> Teacher:
     of_run = (Path(path) / run.CHECKPOINTS).is_dir()
     opened = open_model(path if of_run else None, None if of_run else path, tokenizer=tokenizer, mesh=mesh,
                         param_dtype=config.model.dtype)
-    return Teacher(opened.model.config, opened.params, opened.tokenizer.fingerprint)
+    return Teacher(opened.model.config, opened.params, opened.tokenizer.encoding)
 
 
 if __name__ == "__main__":

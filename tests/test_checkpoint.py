@@ -534,11 +534,11 @@ def test_a_full_disk_loses_nothing_and_is_told_at_the_next_call(small_disk: Path
 def test_that_a_save_failed_is_known_before_the_next(small_disk: Path) -> None:
     with Checkpoints(small_disk / "c") as store:
         store.save(1, noise(100), META)
-        while store._manager.is_saving_in_progress():
+        while not store._files.is_over():
             assert not store.has_failed()
         assert not store.has_failed()
         store.save(2, noise(1000), META)
-        while store._manager.is_saving_in_progress():
+        while not store._files.is_over():
             pass
         assert store.has_failed() and store.has_failed(), "asking does not forget it"
         with pytest.raises(CheckpointWriteError, match="step 2 was not written: No space left"):

@@ -42,7 +42,8 @@ def line(row: str, nats: list[float], right: str = "0110", **more: Any) -> Measu
     cost = {"seconds": 60.0, "peak_bytes": 2.0**30} if "convert" in settings else None
     machine = {"device": "a device", "host": "x", "jax": "1", "commit": "abc", "date": "2026-01-01", "seconds": 9.0}
     return dataclasses.replace(
-        Measured("model", row, kind, float(ratio), settings, [384, round(384 / float(ratio))], cost, texts,
+        Measured("model", row, kind, float(ratio), settings, [384, round(384 / float(ratio))],
+                 [134_000_000, 151_000_000], cost, texts,
                  {"local_piqa": {"metric": "acc_norm", "right": right}}, machine), **more)
 
 
@@ -125,6 +126,22 @@ def test_a_healed_row_has_no_places(tmp_path: Path) -> None:
     assert found["config"]["distillation"]["temperature"] == 1.0
 
 
+def test_a_healed_row_is_of_what_the_run_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs with the same settings on other text are two rows, though no setting tells them apart."""
+    config = TrainConfig(model=model_config("mfa_kr", vocab_size=264), distillation=DistillationConfig("teacher"))
+    for name, value in (("one", 1.0), ("other", 2.0)):
+        with Checkpoints(tmp_path / name / CHECKPOINTS) as checkpoints:
+            checkpoints.save(3, {"params": {"x": jnp.full(2, value)}}, {"config": to_dict(config)}, wait=True)
+    one, other = ({"measure": {}, "healing": runner._healing(str(tmp_path / name))} for name in ("one", "other"))
+    assert one["healing"]["config"] == other["healing"]["config"] and one != other
+    row, plan_ = Row("mfa_kr-2-healed", "mfa_kr", 2.0, "folder"), RunConfig("x.gguf", "model", results=str(tmp_path))
+    records.append(tmp_path, line("mfa_kr-2-healed", [1.0], settings=one))
+    assert runner._is_done(plan_, row, one) and not runner._is_done(plan_, row, other)
+    unnoted = {**one, "healing": {k: v for k, v in one["healing"].items() if k != "parameters"}}
+    records.append(tmp_path, line("mfa_kr-2-healed", [1.0], settings=unnoted))  # as earlier ones were written
+    assert runner._is_done(plan_, row, one) and not runner._is_done(plan_, row, {**one, "measure": {"rows": 3}})
+
+
 def test_a_row_stays_taken_while_its_conversion_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from experiments.convert import ConvertConfig
 
@@ -190,7 +207,7 @@ def test_a_report_is_made_of_the_lines_alone(tmp_path: Path) -> None:
                  line("mfa_kr-2-healed", [31.0, 21.0, 26.0])):
         records.append(tmp_path, each)
     page = report.write(str(tmp_path)).read_text()
-    assert "| MFA-KR | 2 | 192 | 0.8079 ± " in page and "| 16.44 | 1.350 ± 0.000 |" in page
+    assert "| MFA-KR | 2 | 192 | 151 M | 0.8079 ± " in page and "| 16.44 | 1.350 ± 0.000 |" in page
     assert "MFA-KR, healed on 1 M tokens | 2 | 192 |" in page and "| 1.105 ± 0.000 |" in page
     assert "1 rows of another checkpoint than the original, or measured on other text" in page and "99" not in page
     assert "| MFA-KR | 2 | 192 | 60 | 1.00 | abc |" in page and "has not been measured yet" not in page

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from etils import epath
 
 from experiments.convert import ConvertConfig, main, pooled_heads
 from mfa_jax.config import GQAConfig, ModelConfig
@@ -20,6 +21,7 @@ from mfa_jax.convert.directions import Moments, rank_keys
 from mfa_jax.convert.plain import key_pca, mean_pool, rank_by_second_moment
 from mfa_jax.data import ByteTokenizer
 from mfa_jax.model.transformer import Transformer
+from mfa_jax.train import processes
 from mfa_jax.train.run import load_trained
 from tests.contract import compiled, model_config, tokens
 
@@ -127,8 +129,16 @@ def test_anothers_unfinished_layers_are_left_alone(
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("builtins.print", interrupt)
         main(ConvertConfig(**calibrated))
+    with processes.sole_writer(epath.Path(kept)), pytest.raises(ValueError, match="unfinished': process .* writes"):
+        main(ConvertConfig(**calibrated))
+    whole = (kept / "state-0.npz").read_bytes()
+    for damaged in (b"", whole[:-40], whole[:300] + bytes([whole[300] ^ 1]) + whole[301:]):
+        (kept / "state-0.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"folder='.*unfinished': state-0.npz is damaged .*; remove the fo"):
+            main(ConvertConfig(**calibrated))
+    (kept / "state-0.npz").write_bytes(whole)
     held = sorted(path.name for path in kept.iterdir())
-    assert held == ["conversion.json", "layer-0.npz", "state-0.npz"]
+    assert held == ["conversion.json", "layer-0.npz", "lock", "state-0.npz"]
     for plain in ({"to": "mfa"}, {"to": "gqa", "method": "mean_pool", "cache_ratio": 2.0}):
         main(ConvertConfig(**options, **plain))
         assert json.loads(capsys.readouterr().out)["resumed"] is False

@@ -14,11 +14,12 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file
 
-from experiments import export
+from experiments import convert, export
 from mfa_jax import axes
-from mfa_jax.config import GQAConfig, PositionConfig, to_dict
+from mfa_jax.config import DType, GQAConfig, PositionConfig, to_dict
 from mfa_jax.convert import checkpoint, load_pretrained, pretrained_tokenizer, save_pretrained, save_run
 from mfa_jax.data import ByteTokenizer, load_tokenizer
+from mfa_jax.train.run import load_trained
 from tests.contract import ATTENTION, compiled, model_config
 from tests.test_convert_checkpoint import make_tensors, write
 
@@ -104,6 +105,10 @@ def test_tokenizers_come_along(tmp_path: Path) -> None:
     assert (written["eos_token"], written["chat_template"]) == ("<|endoftext|>", "{{ messages }}")
     assert written["pad_token"] == "<|startoftext|>"
     assert vars(load_tokenizer(tmp_path / "bpe"))["chat_template"] == "{{ messages }}"
+    assert load_tokenizer(tmp_path / "bpe").fingerprint == load_tokenizer(named).fingerprint
+
+    (tmp_path / "bpe" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|startoftext|>"}))
+    assert load_tokenizer(tmp_path / "bpe").eos_id == 257, "its files are all that there is: what they say is meant"
 
 
 def test_without_a_tokenizer_no_token_is_said_to_end_a_text(tmp_path: Path) -> None:
@@ -165,6 +170,28 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(tmp_path / "out", c.config, c.params, context_length=64)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(tmp_path: Path) -> None:
+    c = compiled(model_config("gqa", vocab_size=264))
+    save_run(tmp_path / "run", c.config, c.params, ByteTokenizer())
+    with pytest.raises(ValueError, match="checkpoint='.*run': is the folder of a run; experiments.export makes a ch"):
+        convert.main(convert.ConvertConfig(str(tmp_path / "run"), str(tmp_path / "out")))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_conversion_tells_its_parameters(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: DType
+) -> None:
+    """MFA has more of them than what it is made from: Q = D, and projections of packed heads."""
+    convert.main(convert.ConvertConfig(str(data_dir / "models" / "stories260K"), str(tmp_path / "out"), to="mfa",
+                                       tokenizer="tok512.bin", param_dtype=dtype))
+    told = json.loads(capsys.readouterr().out)
+    trained = load_trained(tmp_path / "out")
+    sizes = [leaf.size for leaf in jax.tree.leaves(trained.params)]
+    assert told["parameters"] == [260_032, sum(sizes)] and sum(sizes) > 260_032
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(trained.params)} == {dtype}
 
 
 def test_export_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfa_jax.data.sentencepiece import SentencePieceTokenizer
-from mfa_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, StreamDecoder, decode_after, load_tokenizer
+from mfa_jax.data.streaming import StreamDecoder, decode_after
+from mfa_jax.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 SAMPLE = ("the theme of these three, then: ab abab", "Füße, 中文, 🙂", " leading and  double spaces\n\n", "</s><s>")
@@ -202,6 +203,18 @@ def test_the_chosen_end_token_is_saved(json_file, tmp_path):
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).eos_id == 0
     assert tokenizer.fingerprint != load_tokenizer(json_file).fingerprint
+
+
+def test_what_makes_the_same_ids_is_known_however_it_is_written(json_file, tmp_path):
+    given = load_tokenizer(json_file)
+    (tmp_path / "indented.json").write_text(json.dumps(json.loads(json_file.read_text()), indent=3))
+    other = load_tokenizer(tmp_path / "indented.json")
+    assert other.encoding == given.encoding and other.fingerprint != given.fingerprint
+    assert load_tokenizer(json_file, eos_token="<s>").encoding == given.encoding, "whatever ends a document"
+    changed = json.loads(json_file.read_text())
+    changed["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    assert load_tokenizer(tmp_path / "changed.json").encoding != given.encoding
 
 
 def test_of_several_chat_templates_the_default_is_taken(json_file, tmp_path):

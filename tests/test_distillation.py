@@ -42,6 +42,7 @@ from mfa_jax.data import ByteTokenizer
 from mfa_jax.model.transformer import Transformer, unstack_layers
 from mfa_jax.plan import programs
 from mfa_jax.train import loop, run
+from mfa_jax.train.checkpoint import Checkpoints
 from mfa_jax.train.losses import Teacher, distillation_loss, stream_distance, teacher_config
 from mfa_jax.train.metrics import MetricsWriter
 from mfa_jax.train.optimizer import make_optimizer, make_schedule
@@ -419,10 +420,10 @@ def test_both_models_are_needed(drop: str, message: str, folders: dict[str, Path
 
 def test_a_student_without_a_checkpoint_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     empty = tmp_path / "empty"
-    with pytest.raises(ValueError, match=r"workdir='.*empty': holds no run"):
+    with pytest.raises(ValueError, match=r"student='.*empty': holds no run"):
         heal.parse(flags({**folders, "student": empty}, tmp_path / "out"))
     (empty / run.CHECKPOINTS).mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"workdir='.*empty': holds no finished checkpoint"):
+    with pytest.raises(ValueError, match=r"student='.*empty': holds no finished checkpoint"):
         heal.parse(flags({**folders, "student": empty}, tmp_path / "out"))
     with pytest.raises(ValueError, match=r"initial='.*student': must be the folder of another run than workdir"):
         heal.parse(flags(folders, folders["student"]))
@@ -449,8 +450,8 @@ def test_a_teacher_of_another_tokenizer_is_refused(folders: dict[str, Path], tmp
     def other(mesh: Mesh) -> Teacher:
         return dataclasses.replace(heal.read_teacher(config, mesh), tokenizer="another")
 
-    with pytest.raises(ValueError, match="teacher tokenizer='that of .*teacher_run': must be that of the run, which "
-                                         "is another one: '.*student/tokenizer'"):
+    with pytest.raises(ValueError, match="distillation.tokenizer='that of .*teacher_run': must make the same ids of "
+                                         "text as that of the run does, which is '.*student/tokenizer'"):
         loop.train(config, progress=False, devices=jax.devices()[:1], teacher=other)
     assert not (tmp_path / run.TOKENIZER).exists() and not (tmp_path / run.DATA).exists()
 
@@ -486,7 +487,7 @@ def test_any_run_can_start_with_the_parameters_of_another(folders: dict[str, Pat
     words.save(str(tmp_path / "tokenizer.json"))
     other = dataclasses.replace(config, workdir=str(tmp_path / "other"), data=dataclasses.replace(
         config.data, tokenizer=str(tmp_path / "tokenizer.json")))
-    with pytest.raises(ValueError, match=r"initial tokenizer='.*student/tokenizer': must be .*'.*/tokenizer.json'"):
+    with pytest.raises(ValueError, match=r"initial tokenizer='.*student/tokenizer': must make .*'.*/tokenizer.json'"):
         loop.train(other, progress=False, devices=jax.devices()[:1])
     assert not (tmp_path / "other" / run.TOKENIZER).exists()
 
@@ -512,6 +513,52 @@ def test_going_on_towards_something_else_is_refused(straight: TrainConfig, tmp_p
     result = train(dataclasses.replace(config, workdir=str(tmp_path / "copy"), optimizer=rates, distillation=same,
                                        initial=config.initial + "/"))
     assert result.step == 6 and not result.interrupted
+
+
+def test_a_run_goes_on_with_the_weights_that_it_learned_from(
+    straight: TrainConfig, original: Converted, tmp_path: Path
+) -> None:
+    """Not with others that lie at the same place by now."""
+    shutil.copytree(straight.workdir, tmp_path / "copy")
+    config = dataclasses.replace(straight, workdir=str(tmp_path / "copy"), steps=8)
+
+    def another(mesh: Mesh) -> Teacher:
+        found = heal.read_teacher(config, mesh)
+        return dataclasses.replace(found, params=jax.tree.map(lambda x: x * 1.01, found.params))
+
+    with pytest.raises(ValueError, match=r"distillation.teacher='.*teacher_run': holds other weights than those that "
+                                         r"the run in .*copy has learned from up to step 6 .*; accepted: those"):
+        loop.train(config, progress=False, devices=jax.devices()[:1], teacher=another)
+    assert train(config).step == 8
+
+
+def test_the_checkpoint_that_stays_is_the_nearest_to_the_teacher(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float | None] = []
+    save = Checkpoints.save
+
+    def noting(self: Checkpoints, *args: Any, metric: float | None = None, **more: Any) -> None:
+        told.append(metric)
+        save(self, *args, metric=metric, **more)
+
+    monkeypatch.setattr(Checkpoints, "save", noting)
+    train(heal.parse(flags(folders, tmp_path, "--steps", "3", "--save-every", "3")))
+    assert told == [metric_lines(str(tmp_path))[-1]["eval_kl"]]
+
+
+def test_going_on_needs_no_student_and_starting_needs_a_text(folders: dict[str, Path], tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(folders["student"], student)
+    here = flags({**folders, "student": student}, tmp_path / "run", "--steps", "2")
+    started = heal.parse(here)
+    train(started)
+    shutil.rmtree(student)
+    assert heal.parse(here) == started
+    assert train(heal.parse(flags({**folders, "student": student}, tmp_path / "run", "--steps", "3"))).step == 3
+    at = here.index("--data.source")
+    with pytest.raises(ValueError, match="data.source=None: give the text to heal on"):
+        heal.parse(flags(folders, tmp_path / "new")[:at] + flags(folders, tmp_path / "new")[at + 2 :])
 
 
 @pytest.mark.parametrize(("more", "message"), [

@@ -170,6 +170,8 @@ def test_by_name_from_a_run(tmp_path: Path) -> None:
     save_run(tmp_path / "run", C.config, C.params, TOKENIZER)
     assert get_model("mfa_jax") is HarnessModel
     harness = HarnessModel.create_from_arg_obj({"workdir": str(tmp_path / "run"), "max_length": 64}, {"device": None})
+    spelled = HarnessModel.create_from_arg_string(f"workdir={tmp_path / 'run'},max_length=64")
+    assert spelled.max_length == 64 and spelled.tokenizer_name == harness.tokenizer_name
     mine, its = (h.loglikelihood([ask("a", "b")], disable_tqdm=True) for h in (adapter(), harness))
     assert mine == its and harness.max_length == 64
     with pytest.raises(ValueError, match="batch_size=4: does not apply"):

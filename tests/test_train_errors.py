@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from mfa_jax.config import MeshConfig, to_dict
+from experiments.train import parse
+from mfa_jax.config import MeshConfig, OptimizerConfig, TrainConfig, to_dict, to_json
 from mfa_jax.data import Batches
 from mfa_jax.data.pipeline import require_same_order
 from mfa_jax.data.shards import DamagedShardError
 from mfa_jax.generate import SamplingConfig, generate
-from mfa_jax.train import parts, run
+from mfa_jax.train import orbax_io, parts, run
 from mfa_jax.train.checkpoint import Checkpoints, CheckpointWriteError
 from mfa_jax.train.integrity import sealed
 from mfa_jax.train.loop import train
@@ -66,14 +67,14 @@ def test_a_failed_save_is_noticed_with_the_next_line_of_metrics(
         corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """Not a whole `save_every` later, and what was trained meanwhile is saved."""
     failing_waits(monkeypatch, 1)
-    saving = ocp.CheckpointManager.is_saving_in_progress
+    is_over = orbax_io.Manager.is_over
 
-    def is_saving(manager: ocp.CheckpointManager) -> bool:  # as where steps are slow beside saves
-        while saving(manager):
+    def waits(manager: orbax_io.Manager) -> bool:  # as where steps are slow beside saves
+        while not is_over(manager):
             time.sleep(0.01)
-        return False
+        return True
 
-    monkeypatch.setattr(ocp.CheckpointManager, "is_saving_in_progress", is_saving)
+    monkeypatch.setattr(orbax_io.Manager, "is_over", waits)
     with pytest.raises(CheckpointWriteError, match="step 5 was not written"):
         train_on_one(config_for(tmp_path, corpus, steps=20, save_every=5, eval_every=0))
     assert saved_steps(tmp_path)[-1] == 6
@@ -147,6 +148,34 @@ def test_what_the_mesh_or_the_device_cannot_do_is_told_before_the_data(
     with pytest.raises((ValueError, NotImplementedError), match=message):
         train(config, progress=False, devices=jax.devices()[:config.mesh.tensor])
     assert [path.name for path in (tmp_path / "run").iterdir()] == [run.CHECKPOINTS]
+
+
+def test_the_config_of_a_folder_that_was_moved_says_which_run_is_meant(tmp_path: Path) -> None:
+    config = TrainConfig(workdir=str(tmp_path / "run"))
+    (tmp_path / "moved" / run.CHECKPOINTS).mkdir(parents=True)
+    file = tmp_path / "moved" / run.CONFIG
+    file.write_text(to_json(config))
+    with pytest.raises(ValueError, match=r"workdir='.*run': the file of --config lies in the folder of another run .*; "
+                                         r"accepted: --workdir .*moved to go on with that, or --workdir with another"):
+        parse(["--config", str(file)])
+    for workdir in (file.parent, tmp_path / "new"):
+        assert parse(["--config", str(file), f"--workdir={workdir}"]).workdir == str(workdir)
+    file.parent.rename(tmp_path / "run")
+    assert parse(["--config", os.path.relpath(tmp_path / "run" / run.CONFIG)]) == config
+
+
+@pytest.mark.parametrize("schedule_steps", [None, 4])
+def test_a_learning_rate_that_leaps_is_told(
+        corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, schedule_steps: int | None) -> None:  # noqa: F811
+    """As it does where more steps stretch a schedule that was at its end."""
+    config = config_for(tmp_path, corpus, steps=4, eval_every=0, optimizer=OptimizerConfig(warmup_steps=1))
+    train_on_one(config)
+    rates = dataclasses.replace(config.optimizer, schedule_steps=schedule_steps)
+    train_on_one(dataclasses.replace(config, steps=8, optimizer=rates))
+    told = [line.message for line in caplog.records if "learning rate" in line.message]
+    assert told == ([] if schedule_steps else [
+        "the learning rate goes on with 0.00195 from step 4, where the run's own schedule has 0.0003; to keep to that "
+        "give --optimizer.schedule-steps 4"])
 
 
 def test_a_run_goes_on_with_its_own_data_alone(

@@ -131,14 +131,14 @@ def _label(row: Measured) -> list[str]:
 
 def _losses(rows: Sequence[Measured], original: Measured) -> str:
     names = list(original.texts)
-    header = ["model", "ratio", "cached"]
+    header = ["model", "ratio", "cached", "parameters"]
     for name in names:
         header += [f"{name}: bits per byte", "perplexity", "over the original's"]
     calibrated = len({*map(_calibration, rows)} - {""}) > 1
     header += ["calibration"] if calibrated else []
     lines = []
     for row in rows:
-        cells = _label(row)
+        cells = [*_label(row), f"{row.parameters[1] / 1e6:.4g} M"]
         for name in names:
             ratio = ("1" if row is original else "{:.3f} ± {:.3f}".format(
                 *perplexity_ratio(row.texts[name], original.texts[name])))

@@ -25,10 +25,10 @@ from experiments.convert import ConvertConfig
 from experiments.opening import Opened, open_model
 from experiments.studies import corpus, records, runner
 from experiments.studies.study import identity
-from mfa_jax.capacity import cache_elements_per_token
+from mfa_jax.capacity import cache_elements_per_token, model_parameters
 from mfa_jax.config import GQAConfig, ModelConfig, require
 from mfa_jax.convert import pretrained_config
-from mfa_jax.train.run import load_config
+from mfa_jax.train.run import load_config, parameters_digest
 
 RESULTS = Path(__file__).parents[1] / "results" / "conversion"
 
@@ -46,6 +46,8 @@ class Measured:
     """Of the conversion or of the run that healed it, and of the measurement: what makes the row what it is."""
     cached_elements: list[int]
     """Of a token and layer: the original's, this model's."""
+    parameters: list[int]
+    """The original's, this model's."""
     cost: dict[str, float] | None
     """`seconds` and `peak_bytes` of the conversion; None for the original, for what was healed, and for a conversion
     that was interrupted and went on, of which only the last part is known."""
@@ -110,16 +112,16 @@ def run(config: RunConfig) -> None:
     config = config.resolved()
     runner.keep_compiled_programs(Path(config.workdir) / "compiled")
     planned, model = _plan(config)
-    original = cache_elements_per_token(model.attention)
     failed = []
     for row in planned:
         settings = _settings(config, row)
         folder = Path(config.workdir) / f"{row.name}-{_short(settings)}"
         with records.lock(folder.with_name(f"{folder.name}.lock"), wait=False) as ours:
             if ours is None or _is_done(config, row, settings):
+                print(f"{row.name}: {'another process makes it' if ours is None else 'is there'}", file=sys.stderr)
                 continue
             try:
-                measured = _execute(config, row, settings, folder, original, ours)
+                measured = _execute(config, row, settings, folder, model, ours)
             except subprocess.CalledProcessError as error:  # it has said why on its own
                 print(f"{row.name}: the conversion ended with code {error.returncode}", file=sys.stderr)
                 failed.append(row.name)
@@ -181,12 +183,13 @@ def _settings(config: RunConfig, row: Row) -> dict[str, Any]:
 
 
 def _healing(folder: str) -> dict[str, Any]:
-    """How a run trained, and how far it is, without places on this machine. Raises: as `load_config`."""
+    """How a run trained, how far it is, and what it made. Raises: as `load_config`."""
     step, config = load_config(folder, field="healed")
     found = identity(config)
     del found["initial"], found["data"]["tokenizer"]
     (found["distillation"] or {}).pop("teacher", None)
-    return {"step": step, "config": found}
+    # Its student, teacher and text are in no config but by their places: what came of them says the same.
+    return {"step": step, "config": found, "parameters": parameters_digest(folder, step)}
 
 
 def _short(settings: dict[str, Any]) -> str:
@@ -200,7 +203,13 @@ def _name(config: RunConfig) -> str:
 def _is_done(config: RunConfig, row: Row, settings: dict[str, Any]) -> bool:
     found = latest(records.read_as(Measured, Path(config.results)))
     record = found.get((_name(config), row.name))
-    if record is None or {**record.settings, "convert": None} != {**settings, "convert": None}:
+    if record is None:
+        return False
+    healing = dict(settings.get("healing", {}))
+    if "parameters" not in record.settings.get("healing", {}):  # written before they were noted
+        healing.pop("parameters", None)
+    recorded, wanted = ({"healing": {}, **each, "convert": None} for each in (record.settings, settings))
+    if recorded != {**wanted, "healing": healing}:
         return False
     return rows.same_conversion(record.settings.get("convert", {}), settings.get("convert", {}))
 
@@ -211,7 +220,7 @@ def latest(found: list[Measured]) -> dict[tuple[str, str], Measured]:
 
 
 def _execute(
-    config: RunConfig, row: Row, settings: dict[str, Any], folder: Path, original: int, lock: int
+    config: RunConfig, row: Row, settings: dict[str, Any], folder: Path, original: ModelConfig, lock: int
 ) -> Measured:
     start, cost = time.perf_counter(), None
     if row.healed is not None:
@@ -222,8 +231,10 @@ def _execute(
         cost = _converted(_conversion(config, row, folder), lock)
         opened = open_model(str(folder), None)
     texts, tasks = _measured(config.sizes, opened)
+    models = (original, opened.model.config)
     return Measured(_name(config), row.name, row.kind, row.ratio, settings,
-                    [original, cache_elements_per_token(opened.model.config.attention)], cost, texts, tasks,
+                    [cache_elements_per_token(model.attention) for model in models],
+                    [model_parameters(model).total for model in models], cost, texts, tasks,
                     runner.machine(time.perf_counter() - start))
 
 

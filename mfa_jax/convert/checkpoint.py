@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 
 from mfa_jax import axes
-from mfa_jax.config import DType, GQAConfig, MFAConfig, ModelConfig, from_dict, load_json, require, to_json
+from mfa_jax.config import DType, GQAConfig, MFAConfig, MFAKRConfig, ModelConfig, from_dict, load_json, require, to_json
 from mfa_jax.convert import dense, gguf_file, step3
 from mfa_jax.convert.files import appearing, require_free
 from mfa_jax.convert.tensors import Source, equal, open_tensors, read_part, shorten, write_tensors
@@ -152,8 +152,10 @@ def _default_model_type(config: ModelConfig) -> str:
         if attention.qk_norm or attention.qkv_bias:
             return "qwen3" if attention.qk_norm else "qwen2"
         return "mistral" if config.model_dim % attention.num_heads else "llama"
-    remedy = ("`convert.expand_key_reuse` makes the MFA model that computes the same, with twice the cache"
-              if attention.kind == "mfa_kr" else "decode it with this library")
+    writable = (isinstance(attention, MFAKRConfig) and attention.reuse == "pre_rope" and attention.query_norm
+                and config.inv_freq is None)
+    remedy = ("`convert.expand_key_reuse` makes the MFA model that computes the same, with twice the cache, which can "
+              "be written" if writable else "decode it with this library")
     raise NotImplementedError(f"attention={attention.variant}: no public architecture that engines serve computes it; "
                               f"{remedy}")
 

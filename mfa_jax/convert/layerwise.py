@@ -84,7 +84,8 @@ class Layerwise:
             self.reports.append(LayerReport(**json.loads(str(new.pop("report")))))
             return new
         new, report = self.step(layer, i, self.streams)
-        params = {name: {key: jnp.asarray(leaf[i]) for key, leaf in self.layers[name].items()}
+        # Through numpy, as all of a layer: what the whole model lies on is no place to compute.
+        params = {name: {key: jnp.asarray(np.asarray(leaf[i])) for key, leaf in self.layers[name].items()}
                   for name in ("ffn", "ffn_norm")}
         for stream in self.streams.values():
             for rows in activations.batches(stream):

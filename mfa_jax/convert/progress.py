@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +58,18 @@ class Progress:
 
 
 def _read(path: Path) -> Arrays:
-    with np.load(path) as file:
-        return {name: file[name] for name in file.files}
+    try:
+        with path.open("rb") as stored, np.load(stored) as file:
+            return {name: file[name] for name in file.files}
+    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"folder={str(path.parent)!r}: {path.name} is damaged ({error}); remove the folder to begin "
+                         f"the conversion anew") from error
 
 
 def _write(path: Path, arrays: Arrays) -> None:
     partial = path.with_name(f"{path.stem}.partial")
     with partial.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())  # a rename may reach the disk before what it renames
     partial.rename(path)

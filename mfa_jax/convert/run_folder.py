@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from mfa_jax.config import DataConfig, ModelConfig, TrainConfig, require, to_dict, to_json
 from mfa_jax.convert.files import appearing, require_free
 from mfa_jax.data import Tokenizer
 from mfa_jax.train.checkpoint import Checkpoints
 from mfa_jax.train.run import CHECKPOINTS, CONFIG, TOKENIZER
+
+
+def host() -> jax.Device:
+    """Where a whole model lies while it is converted: in memory of the host, whatever accelerator there is.
+
+    Raises:
+      ValueError: JAX was told to do without its CPU.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ValueError(f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')!r}: must have cpu besides, where a model "
+                         f"lies while it is converted ({error})") from error
 
 
 def save_run(folder: str | Path, config: ModelConfig, params: Any, tokenizer: Tokenizer) -> None:
@@ -33,4 +46,4 @@ def save_run(folder: str | Path, config: ModelConfig, params: Any, tokenizer: To
         tokenizer.save(partial / TOKENIZER)
         (partial / CONFIG).write_text(to_json(train))
         with Checkpoints(partial / CHECKPOINTS) as checkpoints:
-            checkpoints.save(0, {"params": jax.tree.map(jnp.asarray, params)}, {"config": to_dict(train)}, wait=True)
+            checkpoints.save(0, {"params": jax.device_put(params, host())}, {"config": to_dict(train)}, wait=True)

@@ -13,6 +13,7 @@ from mfa_jax.config import require
 from mfa_jax.convert import gguf_file
 from mfa_jax.data import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from mfa_jax.data.tokenizer_files import SAVED
+from mfa_jax.train.run import CHECKPOINTS
 
 _END, _BEGIN = "<|endoftext|>", "<|startoftext|>"
 
@@ -33,8 +34,11 @@ def pretrained_tokenizer(path: str | Path, name: str | None = None) -> Tokenizer
         return gguf_file.read_tokenizer(path) if name is None else load_tokenizer(path.parent / name)
     require(path.is_dir(), "checkpoint", str(path), "no such folder or .gguf file")
     held = sorted(file.name for file in path.iterdir())
+    require(CHECKPOINTS not in held, "checkpoint", str(path), "is the folder of a run; experiments.export makes a "
+            "checkpoint of one")
     require(name is not None or SAVED in held or HuggingFaceTokenizer.FILE in held, "tokenizer", None,
-            f"{path} holds no {HuggingFaceTokenizer.FILE}; name the tokenizer among its files (--tokenizer): "
+            f"{path} holds no {HuggingFaceTokenizer.FILE}; name the tokenizer among its files (--tokenizer; in healing "
+            f"--distillation.tokenizer): "
             f"{', '.join(held) or 'none'}")
     return load_tokenizer(path if name is None else path / name)
 
@@ -45,12 +49,15 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> d
     Returns:
       the special tokens, as a `config.json` names them.
     """
-    tokenizer.save(folder)
     given: dict[str, str | None] = {}
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.save(folder)
     if isinstance(tokenizer, ByteTokenizer):
         _bytes_as_bpe().save(str(folder / HuggingFaceTokenizer.FILE))
         given = {"eos_token": _END, "bos_token": _BEGIN}
     elif isinstance(tokenizer, HuggingFaceTokenizer):
+        # By the files that everyone reads, and no other: what is changed in them is meant.
+        (folder / HuggingFaceTokenizer.FILE).write_bytes(tokenizer.content)
         given = {"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token,
                  "pad_token": tokenizer.pad_token, "chat_template": tokenizer.chat_template}
     if given:

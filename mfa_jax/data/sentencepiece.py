@@ -54,7 +54,7 @@ class SentencePieceTokenizer:
         for i, piece in enumerate(self._pieces[FIRST_PIECE:], start=FIRST_PIECE):
             self._ids.setdefault(piece, i)
         self.vocab_size = len(self._pieces)
-        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.fingerprint = self.encoding = hashlib.sha256(content).hexdigest()
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         ids: list[int] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,11 @@ from mfa_jax.data.tokenizer_files import SAVED, checked_ids, read_bytes, read_js
 
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "<|eot_id|>", "[SEP]")
 BEGIN_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]")
+_PROBE = (
+    "It's we'll I'VE don't; 1 23 456 7890 3.14e-5 1st\tdef f(x):\n        return x**2  # note\r\n\n\n   a  b\n"
+    "naïve Ünïcödé e\u0301 中文分词 日本語テスト 한국어 العربية हिन्दी Русский 🙂 ₂½ \ufb01 \u00a0\u200b<b>&amp;</b> "
+    "https://example.org/a_b?c=d&e=%20 --- ... \"quoted\" 'single' (x) [y] {z} | ~ ^ $5 €6 @me #tag snake_case MiXed")
+"""Text with what tokenizers treat differently: contractions, digits, white space, scripts, accents, marks."""
 
 
 class Tokenizer(Protocol):
@@ -46,7 +52,12 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Equal fingerprints, equal ids for every text."""
+        """Equal fingerprints: the same files and the same end of a document, and so equal ids for every text."""
+
+    @property
+    def encoding(self) -> str:
+        """Equal for tokenizers whose ids are the same tokens, and that cut a text of many kinds alike, however their
+        files are written and whatever ends a document. Those of two kinds differ."""
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         """The ids of a text, without special tokens."""
@@ -68,7 +79,7 @@ class ByteTokenizer:
     eos_id = 256
     stop_ids = (256,)
     bos_id = 257
-    fingerprint = "bytes-1"
+    fingerprint = encoding = "bytes-1"
 
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
@@ -111,7 +122,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        self._content = content
+        self.content = content
         self.chat_template, self.pad_token = chat_template, pad_token
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         for i in end_ids:
@@ -128,6 +139,11 @@ class HuggingFaceTokenizer:
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos_id, *end_ids]))
         self.bos_id: int | None = None if self.bos_token is None else vocabulary[self.bos_token]
         self.fingerprint = hashlib.sha256(content + f"{self.eos_id}".encode()).hexdigest()
+
+    @functools.cached_property
+    def encoding(self) -> str:
+        tokens = sorted(self._tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda token: token[1])
+        return hashlib.sha256(json.dumps([tokens, self.encode(_PROBE).tolist()]).encode()).hexdigest()
 
     @classmethod
     def from_file(cls, path: str | Path, eos_token: str | None = None,
@@ -154,7 +170,7 @@ class HuggingFaceTokenizer:
     @functools.cached_property
     def _marking(self) -> tokenizers.Tokenizer:
         """One of its own: a tokenizer that was told to spell special tokens is told so for all who use it."""
-        marking = tokenizers.Tokenizer.from_buffer(self._content)
+        marking = tokenizers.Tokenizer.from_buffer(self.content)
         marking.no_truncation()
         marking.no_padding()
         return marking
@@ -170,54 +186,9 @@ class HuggingFaceTokenizer:
         return {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 
     def save(self, folder: str | Path) -> None:
-        save_files(folder, "huggingface", self.fingerprint, {self.FILE: self._content},
+        save_files(folder, "huggingface", self.fingerprint, {self.FILE: self.content},
                    eos_token=self.eos_token, bos_token=self.bos_token, chat_template=self.chat_template,
                    end_ids=list(self.stop_ids), pad_token=self.pad_token)
-
-
-def decode_after(tokenizer: Tokenizer, context: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of `ids` where they follow `context`: whether a space leads depends on it.
-
-    Args:
-      context: ids that end between two characters.
-    """
-    before, text = tokenizer.decode(context), tokenizer.decode([*context, *ids])
-    # Where bytes spell characters, one that is cut off makes U+FFFD of all bytes in a row, those of the context, too.
-    return text[len(before):] if text.startswith(before) else tokenizer.decode(ids)
-
-
-class StreamDecoder:
-    """Text as it comes, token by token: what is yielded is never taken back.
-
-    Text that ends in U+FFFD may be half of a character, so it is held until the next tokens complete it. All that
-    `feed` and `flush` yield is together what `decode` makes of the tokens, after the text of `context`; of tokens that
-    end within a character, too, whole characters are kept.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
-        """Args: the tokenizer, and the ids that came before (a prompt), which end between two characters."""
-        self._tokenizer = tokenizer
-        self._shown = list(context)
-        self._held: list[int] = []
-
-    def feed(self, token: int) -> str:
-        """The text that this token completes, "" while a character is incomplete."""
-        self._held.append(int(token))
-        text = self._new_text()
-        if not text or text.endswith("\ufffd"):
-            return ""
-        # Only the last shown tokens matter from here on: whether a space leads, which character was open.
-        self._shown, self._held = self._held, []
-        return text
-
-    def flush(self) -> str:
-        """What is still held, incomplete characters as U+FFFD."""
-        text = self._new_text()
-        self._shown, self._held = self._shown + self._held, []
-        return text
-
-    def _new_text(self) -> str:
-        return decode_after(self._tokenizer, self._shown, self._held)
 
 
 def load_tokenizer(spec: str | Path, eos_token: str | None = None) -> Tokenizer:

@@ -19,7 +19,7 @@ import jax
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
 from mfa_jax.config import require
@@ -94,6 +94,11 @@ class HarnessModel(TemplateLM):
         require(not unknown, "model_args", unknown, f"must be among {', '.join(accepted)}")
         trained = load_trained(options.pop("workdir"), step=options.pop("step", None), ema=options.pop("ema", False))
         return cls(trained.model, trained.params, trained.tokenizer, **options)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> HarnessModel:
+        """As `create_from_arg_obj`, from `workdir=runs/x,add_bos_token=True`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     # ---- texts and tokens --------------------------------------------------------------------------------------
 

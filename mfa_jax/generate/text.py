@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from mfa_jax.config import require
-from mfa_jax.data.tokenizers import StreamDecoder, Tokenizer
+from mfa_jax.data.streaming import StreamDecoder
+from mfa_jax.data.tokenizers import Tokenizer
 from mfa_jax.generate.loop import generate, stream
 from mfa_jax.generate.sampling import SamplingConfig
 from mfa_jax.model.transformer import Transformer

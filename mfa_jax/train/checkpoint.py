@@ -3,7 +3,7 @@
 One folder `<folder>/<step>/` per checkpoint: an orbax item per tree (`params`, `optimizer`, ...) and one JSON item
 with the caller's meta data, the shape, dtype and checksum of every leaf, and a checksum of itself. Orbax writes
 asynchronously and renames a finished checkpoint into place, but it neither notices a flipped bit nor falls back to
-an older checkpoint; this module does both. Nothing else of the library knows orbax.
+an older checkpoint; this module does both. It and `orbax_io` alone know orbax.
 """
 
 from __future__ import annotations
@@ -19,18 +19,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 from mfa_jax.config import require
-from mfa_jax.train import integrity, keeping, processes
+from mfa_jax.train import integrity, keeping, orbax_io, processes
 from mfa_jax.train.integrity import META, DamagedCheckpointError
 from mfa_jax.train.keeping import Keep
 
 log = logging.getLogger(__name__)
 
-# On another mesh a process reads up to a chunk beside its own parts of an array.
-_SAVE = ocp.SaveArgs(chunk_byte_size=64 << 20)
 _READS = 5
 """How often a reader looks again where a writer removes what it was about to read."""
 _T = TypeVar("_T")
@@ -76,10 +73,8 @@ class Checkpoints:
                 except OSError as error:
                     raise CheckpointWriteError(error.errno, f"checkpoints cannot be written: {error.strerror}",
                                                str(self.folder)) from error
-            # Directories made asynchronously: a read-only folder would block the process for five minutes at exit.
-            self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
-                create=not read_only, preservation_policy=self._keep,
-                async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
+            self._files = orbax_io.Manager(self.folder, self._keep, read_only=read_only)
+            self._manager = self._files.orbax
             opened.callback(self._manager.close)
             if not read_only:  # each step is then a question to all processes
                 processes.require_same(f"steps in {self.folder}", str(self.steps()))
@@ -128,20 +123,16 @@ class Checkpoints:
             raise ValueError(f"meta: must be JSON ({error})") from error
         document = {"step": step, "metric": metric, "meta": plain,
                     "leaves": {name: integrity.describe(tree) for name, tree in items.items()}}
-        args = ocp.args.Composite(**{name: ocp.args.StandardSave(tree, jax.tree.map(lambda _: _SAVE, tree))
-                                     for name, tree in items.items()},
-                                  **{META: ocp.args.JsonSave(integrity.sealed(document))})
         self._saving = step
         self._note_metric(step, metric)
         with self._reporting():
-            if not self._manager.save(step, args=args, force=True):
-                raise RuntimeError(f"orbax did not save step {step}")
+            self._files.save(step, items, document)
         if wait:
             self.wait()
 
     def has_failed(self) -> bool:
         """Whether a save ended, and failed, that nobody waited for yet; `wait` and `save` raise what it failed for."""
-        if self._failed is None and not self._manager.is_saving_in_progress():
+        if self._failed is None and self._files.is_over():
             try:
                 self.wait()
             except CheckpointWriteError as error:
@@ -211,6 +202,16 @@ class Checkpoints:
         found = self._newest(lambda s: self._document(s)["meta"], step)
         return None if found is None else found[:2]
 
+    def digest(self, step: int, item: str) -> str:
+        """Of one tree of a checkpoint, as it was saved, by its meta data alone.
+
+        Raises:
+          ValueError: no such tree; DamagedCheckpointError, UnreadableCheckpointError: as in `restore`.
+        """
+        leaves = self._document(step)["leaves"]
+        require(item in leaves, "item", item, f"is not in {self.folder}/{step}; there are {list(leaves)}")
+        return integrity.digest(leaves[item])
+
     def restore(self, abstract: Mapping[str, Any], step: int | None = None) -> Restored | None:
         """Reads the newest checkpoint that is intact, or `step`; None where none was ever finished.
 
@@ -272,25 +273,9 @@ class Checkpoints:
         document = self._document(step)
         saved = document["leaves"]
         integrity.require_same_architecture(f"step {step} of {self.folder}", saved, abstract)
-        items = processes.agreeing(lambda: self._read(step, abstract), DamagedCheckpointError)
+        items = processes.agreeing(lambda: orbax_io.read(self.folder / str(step), abstract), DamagedCheckpointError)
         wrong = [f"{name}/{path}" for name, tree in items.items() for path, entry in integrity.describe(tree).items()
                  if entry != saved[name][path]]
         if wrong:
             raise DamagedCheckpointError(f"checksum differs in {', '.join(wrong[:3])} ({len(wrong)} leaves)")
         return items, document["meta"]
-
-    def _read(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
-        """Each process its own parts. Not the manager's own restore: it waits for all processes once it is done, and
-        those that found no damage would wait for one that did."""
-        handler = ocp.StandardCheckpointHandler()
-        try:
-            return {name: handler.restore(self.folder / str(step) / name, args=ocp.args.StandardRestore(tree))
-                    for name, tree in abstract.items()}
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise  # says nothing about the checkpoint
-        except Exception as error:  # orbax raises ValueError, KeyError, FileNotFoundError, bare Exception
-            reason = str(error).splitlines()[0][:200] if str(error) else ""
-            raise integrity.unreadable(error, str(self.folder / str(step))) or DamagedCheckpointError(
-                f"cannot be read ({type(error).__name__}: {reason})") from error
-        finally:
-            handler.close()

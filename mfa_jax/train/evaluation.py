@@ -31,10 +31,17 @@ def make_evaluation(
     size = prepared.size("held_out")
 
     def means(params: Any) -> dict[str, float]:
-        """Over all targets."""
-        every: list[BatchSums] = [
-            jitted(params, to_mesh(batch, mesh), *given) for batch in eval_batches(
-                prepared, config.data, config.eval_batches, *data_shard(mesh, config.data.batch_size))]
+        """Over all targets.
+
+        A batch is read while the one before it is computed, and no two are computed at once: of hundreds that are in
+        flight, each with sums over devices, the threads of a CPU's devices may wait for each other, for ever.
+        """
+        every: list[BatchSums] = []
+        for batch in eval_batches(prepared, config.data, config.eval_batches,
+                                  *data_shard(mesh, config.data.batch_size)):
+            placed = to_mesh(batch, mesh)
+            jax.block_until_ready(every[-1:])
+            every.append(jitted(params, placed, *given))
         totals = [{"loss": sums.nll, **sums.terms} for sums in every]
         count = sum(float(sums.tokens) for sums in every)
         return {name: sum(float(total[name]) for total in totals) / count for name in totals[0]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -108,6 +109,11 @@ def describe(tree: Any) -> Leaves:
     leaves = leaves_by_path(tree)
     sums = jax.device_get(_checksums(leaves))
     return {path: [str(leaf.dtype), list(leaf.shape), int(sums[path])] for path, leaf in leaves.items()}
+
+
+def digest(leaves: Leaves) -> str:
+    """Of all leaves of a tree, by what `describe` says of them: the same wherever they are placed."""
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def train(
         bar = stack.enter_context(Progress(config.steps, enabled=progress and leader))
         bar.print(starting.describe(config, mesh))
         with goodput.phase("restore"):  # before the data: what the model cannot learn from leaves nothing in workdir
-            known = None if teacher is None else starting.read_teacher(config, teacher, mesh)
+            known = None if teacher is None else starting.read_teacher(config, teacher, mesh, checkpoints)
         with goodput.phase("setup"):
             prepared = processes.leader_first(lambda: starting.open_data(config))
             starting.require_same_data(config, checkpoints, prepared)
@@ -146,6 +146,7 @@ class _Loop:
         frozen = 0 in dataclasses.astuple(config.optimizer.rates)
         peak = None if frozen else peak_flops(parts.mesh.devices.flat[0])
         self.flops = capacity.training_flops_per_token(config.model, config.data.sequence_length)
+        self.of_teacher = {} if teacher is None else {"teacher": teacher.digest}
         if teacher is not None:  # forward only
             self.flops += capacity.training_flops_per_token(teacher.config, config.data.sequence_length) // 3
         self.peak = None if peak is None else peak * parts.mesh.size
@@ -204,7 +205,7 @@ class _Loop:
             self.metrics |= line | evaluation
             if line or evaluation:
                 self._write(step, line | evaluation)
-            if save and self._save(step, state, evaluation.get("eval_loss"), last=last):
+            if save and self._save(step, state, evaluation.get("eval_kl", evaluation.get("eval_loss")), last=last):
                 saved = step
             began, steps_timed = time.perf_counter(), 0
         self._require_finite(pending, step, state)
@@ -251,9 +252,8 @@ class _Loop:
             self.losing_lines = True
 
     def _save(self, step: int, state: TrainState, metric: float | None, *, last: bool) -> bool:
-        """Starts a save, once the one before is written, and says whether it did; what to do where one fails is the
-        config's choice."""
-        meta = {"config": to_dict(self.config), "data": self.feed.place, "metrics": self.metrics}
+        """Starts a save once the one before is written, and says whether; where one fails the config has the choice."""
+        meta = {"config": to_dict(self.config), "data": self.feed.place, "metrics": self.metrics} | self.of_teacher
         earlier: CheckpointWriteError | None = None
         with self.goodput.phase("checkpoint"):
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,7 +17,7 @@ from mfa_jax.model.divergence import divergence
 from mfa_jax.model.loss import cross_entropy
 from mfa_jax.model.moe import Routing
 from mfa_jax.model.transformer import Transformer, unembedding
-from mfa_jax.train import experts
+from mfa_jax.train import experts, integrity
 
 
 class BatchSums(NamedTuple):
@@ -94,7 +95,12 @@ class Teacher:
     config: ModelConfig
     params: Any
     tokenizer: str
-    """Fingerprint of its tokenizer."""
+    """`encoding` of its tokenizer."""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of its weights, as they are held here; all processes ask for it together."""
+        return integrity.digest(integrity.describe(self.params))
 
 
 def teacher_config(config: TrainConfig, teacher: ModelConfig) -> ModelConfig:

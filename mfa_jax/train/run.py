@@ -98,6 +98,12 @@ def load_config(workdir: str | Path, *, field: str = "workdir") -> tuple[int, Tr
         return _saved_config(checkpoints, None, field)
 
 
+def parameters_digest(workdir: str | Path, step: int) -> str:
+    """What tells the parameters of a checkpoint from others, without reading them. Raises: as `load_config`."""
+    with _opened(workdir) as checkpoints:
+        return checkpoints.digest(step, "params")
+
+
 def write_config(workdir: Path, config: TrainConfig) -> None:
     """The config of a start; that of the one before is there until it is whole, and stays where it is the same."""
     text, file, part = to_json(config), workdir / CONFIG, workdir / f"{CONFIG}.partial"

@@ -20,6 +20,7 @@ from mfa_jax.model.transformer import Transformer
 from mfa_jax.train import losses, processes, run
 from mfa_jax.train.checkpoint import Checkpoints
 from mfa_jax.train.losses import Teacher
+from mfa_jax.train.optimizer import make_schedule
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +44,12 @@ def require_startable(config: TrainConfig, checkpoints: Checkpoints, *, has_teac
         require(found[0] <= config.steps, "steps", config.steps,
                 f"the run in {config.workdir} is at step {found[0]} already")
         _require_same_task(saved, config)
+        _tell_rate(saved, config, found[0])
     elif config.initial is not None:
         _, theirs_config = run.load_config(config.initial)
         run.require_same_model(theirs_config.model, config.model, config.initial, field="initial")
         theirs = Path(config.initial) / run.TOKENIZER
-        _require_same_tokenizer("initial", theirs, load_tokenizer(theirs).fingerprint, config)
+        _require_same_encoding("initial tokenizer", theirs, load_tokenizer(theirs).encoding, config)
 
 
 def _require_same_task(saved: TrainConfig, config: TrainConfig) -> None:
@@ -71,6 +73,15 @@ def _require_same_task(saved: TrainConfig, config: TrainConfig) -> None:
                                    ("ema_decay", saved.ema_decay, config.ema_decay)):
         require((old_value is None) == (value is None), name, value, f"the run in {config.workdir} has {old_value!r}; "
                 f"accepted: {'none' if old_value is None else 'another number'}, or another workdir")
+
+
+def _tell_rate(saved: TrainConfig, config: TrainConfig, step: int) -> None:
+    """Warns where the learning rate leaps, as it does where more `steps` stretch a schedule that was at its end."""
+    before, now = (float(make_schedule(c.optimizer, c.steps)(step)) for c in (saved, config))
+    if now > 1.5 * before:
+        log.warning("the learning rate goes on with %.3g from step %d, where the run's own schedule has %.3g; to keep "
+                    "to that give --optimizer.schedule-steps %d", now, step, before,
+                    saved.optimizer.schedule_steps or saved.steps)
 
 
 def _place(path: str | None) -> str | None:
@@ -103,25 +114,36 @@ def _own_tokenizer(config: TrainConfig) -> tuple[Tokenizer, str]:
     return own, str(saved)
 
 
-def _require_same_tokenizer(name: str, theirs: object, fingerprint: str, config: TrainConfig) -> None:
+def _require_same_encoding(name: str, theirs: object, encoding: str, config: TrainConfig) -> None:
+    """By the ids that it makes of text: what ends a document may differ, as in a base model and its chat model."""
     own, place = _own_tokenizer(config)
-    require(fingerprint == own.fingerprint, f"{name} tokenizer", str(theirs),
-            f"must be that of the run, which is another one: {place!r} (--data.tokenizer, kept in workdir)")
+    require(encoding == own.encoding, name, str(theirs),
+            f"must make the same ids of text as that of the run does, which is {place!r} (--data.tokenizer, kept in "
+            f"workdir)")
 
 
-def read_teacher(config: TrainConfig, read: Callable[[Mesh], Teacher], mesh: Mesh) -> Teacher:
-    """The teacher, if the model can learn from it.
+def read_teacher(
+    config: TrainConfig, read: Callable[[Mesh], Teacher], mesh: Mesh, checkpoints: Checkpoints
+) -> Teacher:
+    """The teacher, if the model can learn from it, and it is the one that the run has learned from so far.
 
     Raises:
-      ValueError: what cannot be compared, or another tokenizer; processes that read different ones.
+      ValueError: what cannot be compared, another tokenizer, or other weights; processes that read different ones.
     """
     assert config.distillation is not None
     teacher = read(mesh)
     losses.teacher_config(config, teacher.config)
     theirs = config.distillation.tokenizer or f"that of {config.distillation.teacher}"
-    _require_same_tokenizer("teacher", theirs, teacher.tokenizer, config)
+    _require_same_encoding("distillation.tokenizer", theirs, teacher.tokenizer, config)
     # All have read the run's tokenizer before the first of them may write it.
     processes.require_same("teacher's tokenizer", teacher.tokenizer)
+    found = checkpoints.read_meta()
+    before = None if found is None else found[1].get("teacher")  # None where that was not noted yet
+    if before is not None and before != teacher.digest:
+        raise ValueError(f"distillation.teacher={config.distillation.teacher!r}: holds other weights than those that "
+                         f"the run in {config.workdir} has learned from up to step {found and found[0]} (digest "
+                         f"{teacher.digest[:12]} in {config.model.dtype}, not {before[:12]}); accepted: those, in the "
+                         f"same model.dtype, or another workdir")
     return teacher
 
 
