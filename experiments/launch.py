@@ -5,14 +5,15 @@
 
 Each process gets CPU devices of its own, which exchange data over gloo; the command finds the others through
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, as on hosts without a scheduler. Lines of output begin
-with the number of their process. SIGTERM and Ctrl-C go on to all processes. When one fails, the others are stopped, and
-its exit code is the launcher's (128 + the number of a signal that ended it).
+with the number of their process. SIGTERM and Ctrl-C go on to all processes; a second one kills them. When one fails,
+the others are stopped, and its exit code is the launcher's (128 + the number of a signal that ended it).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import signal
@@ -65,10 +66,12 @@ def main(arguments: Sequence[str]) -> int:
         children = _start_all(command, [_environment(config, address, index) for index in range(config.processes)])
         for index, child in enumerate(children):
             _say(f"process {index} of {config.processes} is pid {child.pid}")
-        threads = [_forward(child, index) for index, child in enumerate(children)]
-        with _on_signals(lambda number: _pass_on(children, number)):
+        unread = threading.Lock()
+        threads = [_forward(child, index, unread) for index, child in enumerate(children)]
+        pass_on = functools.partial(_pass_on, children, list[int]())
+        with _on_signals(pass_on):
             for number in early:
-                _pass_on(children, number)
+                pass_on(number)
             code = _wait(children, config.stop_others)
     for thread in threads:
         thread.join()
@@ -120,8 +123,12 @@ def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[
                             stderr=subprocess.PIPE, start_new_session=True)
 
 
-def _forward(child: subprocess.Popen[bytes], index: int) -> threading.Thread:
-    """Copies what a process says, line by line, until both its outputs end."""
+def _forward(child: subprocess.Popen[bytes], index: int, unread: threading.Lock) -> threading.Thread:
+    """Copies what a process says, line by line, until both its outputs end.
+
+    Args:
+      unread: taken by the first of them all that finds that nobody reads it.
+    """
     def copy(source: IO[bytes], target: IO[bytes]) -> None:
         reader = True
         for line in source:
@@ -131,7 +138,8 @@ def _forward(child: subprocess.Popen[bytes], index: int) -> threading.Thread:
                     target.flush()
             except BrokenPipeError:  # nobody reads any more: all are told to end, and what they still say is dropped
                 reader = False
-                os.kill(os.getpid(), signal.SIGTERM)
+                if unread.acquire(blocking=False):
+                    os.kill(os.getpid(), signal.SIGTERM)
 
     def both() -> None:
         assert child.stdout is not None and child.stderr is not None
@@ -160,9 +168,12 @@ def _on_signals(handle: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _pass_on(children: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    _say(f"passing {signal.Signals(number).name} on to all processes")
-    _send(children, number)
+def _pass_on(children: Sequence[subprocess.Popen[bytes]], received: list[int], number: int) -> None:
+    """A second signal means it: what does not end by itself is killed."""
+    received.append(number)
+    again = len(received) > 1
+    _say("killing all processes" if again else f"passing {signal.Signals(number).name} on to all processes")
+    _send(children, signal.SIGKILL if again else number)
 
 
 def _wait(children: Sequence[subprocess.Popen[bytes]], stop_others: bool) -> int:

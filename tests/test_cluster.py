@@ -36,6 +36,8 @@ KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"
     ({"TPU_WORKER_HOSTNAMES": "a,b"}, False, None),
     ({"TPU_PROCESS_ADDRESSES": "a:1,b:1", "TPU_SKIP_MDS_QUERY": "1"}, True, "gketpu"),
     ({"TPU_WORKER_HOSTNAMES": "localhost"}, True, None),
+    ({**KUBERNETES, "TPU_WORKER_HOSTNAMES": "pod-0"}, True, None),
+    ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_PROCESS_ADDRESSES": "a:8471"}, True, None),
     ({"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, True, "gketpu"),
     (KUBERNETES, False, "k8s"),
     ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False, None),

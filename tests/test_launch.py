@@ -78,6 +78,21 @@ def test_signals_reach_every_process(tmp_path: Path) -> None:
         assert child.returncode == 0 and sorted(out.splitlines()) == [f"[{i}] told {int(number)}" for i in range(2)]
 
 
+def test_a_second_signal_kills(tmp_path: Path) -> None:
+    child = start(tmp_path, """
+        signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
+        print("ready", flush=True)
+        while True:
+            time.sleep(0.1)
+    """, "--processes", "2")
+    assert child.stdout is not None
+    for _ in range(2):
+        assert {child.stdout.readline()[4:] for _ in range(2)} <= {"ready\n", "told\n"}
+        child.send_signal(signal.SIGTERM)
+    _, errors = child.communicate(timeout=100)
+    assert child.returncode == 128 + signal.SIGKILL and "killing all processes" in errors
+
+
 @pytest.mark.parametrize("failure", ["no second process", "a signal"])
 def test_what_goes_wrong_between_two_starts_leaves_no_process(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     children: list[subprocess.Popen[bytes]] = []

@@ -15,7 +15,7 @@ import pytest
 
 from experiments.faults import elastic
 from experiments.faults.recorded_train import wrong_batches
-from experiments.faults.runs import ROOT, SmallRun, names_the_lost, write_corpus
+from experiments.faults.runs import LONG, ROOT, SmallRun, names_the_lost, write_corpus
 from mfa_jax.config import MeshConfig, TrainConfig, load_json
 from mfa_jax.train.checkpoint import Checkpoints
 from mfa_jax.train.loop import train
@@ -70,6 +70,35 @@ def test_four_processes_then_two_then_one_are_one_run(tmp_path: Path) -> None:
     found, expected = run.losses(), run.beside("alone").losses()
     assert list(found) == list(expected) == list(range(1, STEPS + 1)), "each step is told once"
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_save_that_fails_in_one_process_ends_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process: int
+) -> None:
+    """Not after the 20 minutes for which orbax would have the others wait, and what was saved before is whole."""
+    run = SmallRun(tmp_path / "run", write_corpus(tmp_path / "corpus"), tmp_path / "cache", save_every=4,
+                   flags=("--preset", "tiny-mfa", "--mesh.data", "1", "--mesh.fsdp", "2"))
+    monkeypatch.setenv("MFA_JAX_NO_ROOM", f"{process}:8")
+    job = run.start(1000, processes=2, launch=("--no-stop-others",))
+    code, said = job.wait()
+    assert code == 2, said
+    assert "checkpoint of step 8 was not written: File too large" in job.said(process), said
+    assert names_the_lost(job.said(1 - process), process), said
+    assert run.saved() == [4]
+    monkeypatch.delenv("MFA_JAX_NO_ROOM")
+    assert run.finish(10, processes=2).resumed_at() == 4
+
+
+def test_before_the_first_step_a_process_ends_at_once(tmp_path: Path) -> None:
+    """As long as data are prepared and programs compiled nobody asks JAX, which takes SIGTERM, and nothing is lost."""
+    run = SmallRun(tmp_path / "run", write_corpus(tmp_path / "corpus"), tmp_path / "cache")
+    job = run.start(LONG, "--mesh.data", "1", "--mesh.fsdp", "2", processes=2, launch=("--no-stop-others",))
+    assert job.until(lambda: "joined by" in job.said(1)), job.said()
+    job.tell(1, signal.SIGTERM)
+    assert job.wait()[0] == 128 + signal.SIGTERM, job.said()
+    assert "process 1 was ended by SIGTERM" in job.said() and names_the_lost(job.said(0), 1), job.said()
+    assert run.saved() == []
 
 
 def test_no_host_reads_a_whole_large_array(tmp_path: Path) -> None:

@@ -135,6 +135,20 @@ def test_evaluation_in_the_parts_of_a_step_gives_the_same(corpus: Path, tmp_path
     assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], rel=1e-5)
 
 
+def test_an_evaluation_computes_one_batch_at_a_time(
+        corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Of hundreds in flight at once the threads of eight CPU devices wait for each other until XLA ends the process."""
+    wait, waited = jax.block_until_ready, list[int]()
+
+    def waiting(x: Any) -> Any:
+        waited.extend([len(x)] if isinstance(x, list) else [])
+        return wait(x)
+
+    monkeypatch.setattr(jax, "block_until_ready", waiting)
+    train_on_one(config_for(tmp_path, corpus, steps=1, eval_batches=5))
+    assert waited == [0, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize(("change", "message"), [
     ({"model": {"vocab_size": 265}, "mesh": MeshConfig(data=1, tensor=2)}, "axis 'vocab' of size 265 does not divide"),
     ({"model": {"attention_implementation": "splash"}}, "runs on tpu, not on cpu"),

@@ -2,7 +2,8 @@
 
     python -m experiments.launch --processes 4 -- -m experiments.faults.recorded_train --workdir runs/a ...
 
-A line a batch: the start it belongs to, its number, which part of it, and a digest of each row.
+A line a batch: the start it belongs to, its number, which part of it, and a digest of each row. With
+`MFA_JAX_NO_ROOM=PROCESS:STEP` that process can write no file of more than 60 kB from that step's save on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import resource
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from mfa_jax.config import DataConfig, TrainConfig, load_json
 from mfa_jax.data import Batches, Prepared, make_loader
 from mfa_jax.data.shards import open_prepared
 from mfa_jax.train import cluster, loop
+from mfa_jax.train.checkpoint import Checkpoints
 from mfa_jax.train.run import CONFIG, DATA
 
 
@@ -91,7 +95,22 @@ def wrong_batches(workdir: Path, resumed_at: Sequence[int]) -> list[str]:
     return wrong
 
 
+def running_out(process: int, step: int) -> Callable[..., None]:
+    """`Checkpoints.save`, of which one process finds no room from a step on: files end at 60 kB."""
+    save = Checkpoints.save
+
+    def saving(self: Checkpoints, at: int, *args: Any, **more: Any) -> None:
+        if at >= step and jax.process_index() == process:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        save(self, at, *args, **more)
+
+    return saving
+
+
 if __name__ == "__main__":
+    if no_room := os.environ.get("MFA_JAX_NO_ROOM"):
+        Checkpoints.save = running_out(*map(int, no_room.split(":")))  # type: ignore[method-assign]
     loop.make_loader = recording  # type: ignore[assignment]
     with cluster.leaving_at_once():
         run(train.main, label=cluster.label)

@@ -19,6 +19,7 @@ import logging
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -51,6 +52,19 @@ Progress = Callable[[int, int], None]
 def log_progress(done: int, text_bytes: int) -> None:
     """The default progress: a line in the log."""
     log.info("prepared %d documents, %.1f MB of text", done, text_bytes / 1e6)
+
+
+def telling(say: Callable[[str], object], seconds: float = 10.0) -> Progress:
+    """Says how far it is, no more often than every so many seconds."""
+    last = time.monotonic()
+
+    def progress(done: int, text_bytes: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            say(f"preparing data: {done:,} documents, {text_bytes / 1e6:,.0f} MB of text so far")
+
+    return progress
 
 
 def prepare(config: DataConfig, folder: str | Path, tokenizer: Tokenizer,

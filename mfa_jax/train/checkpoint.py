@@ -246,8 +246,7 @@ class Checkpoints:
         for _ in range(_READS):
             self.wait()
             self._manager.reload()
-            steps = self.steps()
-            processes.require_same(f"steps in {self.folder}", str(steps))
+            steps = self._listed()
             if step is not None:
                 require(step in steps, "step", step, f"is not in {self.folder}; there are {steps or 'none'}")
             damaged: dict[int, str] = {}
@@ -256,12 +255,21 @@ class Checkpoints:
                     return candidate, read(candidate), damaged
                 except DamagedCheckpointError as error:
                     damaged[candidate] = str(error)
-            if not (self.read_only and step is None and self.steps() != steps):
+            if not (self.read_only and step is None and self._listed() != steps):
                 break  # else a writer went on meanwhile, and removed what was to be read
         if not damaged:
             return None
         reasons = "; ".join(f"step {s}: {reason}" for s, reason in damaged.items())
         raise DamagedCheckpointError(f"{self.folder}: no usable checkpoint ({reasons})")
+
+    def _listed(self) -> list[int]:
+        """The same for all processes. Of a run that is being trained each may see another moment: what process 0 saw
+        counts."""
+        steps = self.steps()
+        if self.read_only:
+            return list(json.loads(processes.gather(json.dumps(steps))[0]))
+        processes.require_same(f"steps in {self.folder}", str(steps))
+        return steps
 
     def _meta_file(self, step: int) -> epath.Path:
         return self.folder / str(step) / META / "metadata"

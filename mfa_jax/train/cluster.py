@@ -7,8 +7,9 @@
   JAX_NUM_PROCESSES            as it says, with JAX_PROCESS_ID and JAX_COORDINATOR_ADDRESS (host:port of process 0)
   SLURM_NTASKS above 1         slurm, each task started by srun
   OMPI_COMM_WORLD_SIZE above 1 ompi
-  a TPU on this machine        gketpu where TPU_WORKER_HOSTNAMES (or TPU_PROCESS_ADDRESSES) names several hosts or
-                               MEGASCALE_NUM_SLICES is above 1; gcetpu where neither they nor TPU_SKIP_MDS_QUERY are set
+  a TPU on this machine        gketpu where TPU_PROCESS_ADDRESSES (or TPU_WORKER_HOSTNAMES) names several hosts or
+                               MEGASCALE_NUM_SLICES is above 1, one process where one host is named; gcetpu where
+                               neither they nor TPU_SKIP_MDS_QUERY are set
   JOB_COMPLETION_INDEX         k8s: an indexed Job, where KUBERNETES_SERVICE_HOST is set too
   nothing of it                one process
 
@@ -41,7 +42,8 @@ _GOODBYE_SECONDS = 60  # between the first and the last process that is done
 CLUSTER = "MFA_JAX_CLUSTER"
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _METHODS = ("slurm", "gketpu", "gcetpu", "k8s", "ompi", "mpi4py")
-_HOSTS = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
+_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+"""In JAX's order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,8 @@ def find_cluster(environment: Mapping[str, str], tpu: bool) -> Cluster | None:
     if _number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
         return Cluster("ompi", f"OMPI_COMM_WORLD_SIZE={environment['OMPI_COMM_WORLD_SIZE']}")
     found = _tpu_cluster(environment) if tpu else None
-    if found is None and {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
+    named = tpu and any(name in environment for name in _HOSTS)  # else every pod of a JobSet would be of a k8s cluster
+    if found is None and not named and {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
         found = Cluster("k8s", f"JOB_COMPLETION_INDEX={environment['JOB_COMPLETION_INDEX']}")
     require(found is not None or ADDRESS not in environment, ADDRESS, environment.get(ADDRESS),
             f"there is no cluster here that says which process this is; set {COUNT} and {INDEX} too")
@@ -138,6 +141,7 @@ def joined() -> Iterator[None]:
         raise ValueError(f"{cluster.reason}: says that this is a process of a cluster ({cluster.method}), which JAX "
                          f"cannot join ({type(error).__name__}: {error}); {CLUSTER}=none trains as one process"
                          ) from error
+    processes.let_sigterm_end()
     sys.stderr.write(f"{label()}joined by {cluster.reason}; process 0 coordinates at "
                      f"{distributed.global_state.coordinator_address}, and where it is lost, all are\n")
     yield

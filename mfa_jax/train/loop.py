@@ -92,7 +92,7 @@ def train(
         with goodput.phase("restore"):  # before the data: what the model cannot learn from leaves nothing in workdir
             known = None if teacher is None else starting.read_teacher(config, teacher, mesh, checkpoints)
         with goodput.phase("setup"):
-            prepared = processes.leader_first(lambda: starting.open_data(config))
+            prepared = processes.leader_first(lambda: starting.open_data(config, bar.print))
             starting.require_same_data(config, checkpoints, prepared)
         parts = Parts.build(config, mesh, prepared, goodput, known)
         stack.enter_context(explaining_memory(config, mesh.local_devices[0], parts.memory))

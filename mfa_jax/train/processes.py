@@ -6,6 +6,7 @@ With one process each of these is what it is without others. None of it uses a d
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import itertools
 import logging
@@ -173,7 +174,8 @@ def _locked(path: epath.Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read(200).decode(errors="replace") or "another process"
             raise ValueError(f"folder={str(path.parent)!r}: {holder} writes there; accepted: a folder that no other "
-                             f"run writes to, or this one once that has ended") from None
+                             f"run writes to, or this one once that has ended (where its host is gone, and a file "
+                             f"server still holds its lock: once {path.name} is removed there)") from None
         except OSError as error:  # by the file system
             log.warning("%s: cannot be locked (%s), so nothing keeps a second run from writing there", path.parent,
                         error.strerror)
@@ -187,6 +189,21 @@ def _locked(path: epath.Path) -> Iterator[None]:
                 file.truncate(0)
 
 
+_LIBC = ctypes.CDLL(None)
+_of_jax = ctypes.create_string_buffer(1024)
+"""JAX's action for SIGTERM, a `struct sigaction`: Python knows none but its own, and could not put it back."""
+
+
+def let_sigterm_end() -> None:
+    """Until `stop_signals`, SIGTERM ends a process of several at once, as it does a process of its own.
+
+    JAX takes it as soon as processes are joined, and nobody asks JAX before the first step: preparing data and
+    compiling, which may take hours, would go on.
+    """
+    _LIBC.sigaction(signal.SIGTERM, None, _of_jax)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[int], bool]]:
     """Notes SIGTERM and Ctrl-C in place of dying of them; a second Ctrl-C acts as it always does, a second SIGTERM, as
@@ -198,6 +215,8 @@ def stop_signals() -> Iterator[Callable[[int], bool]]:
     received: list[int] = []
     previous: dict[int, Any] = {}
     together = jax.distributed.is_initialized()
+    if together and any(_of_jax.raw):
+        _LIBC.sigaction(signal.SIGTERM, _of_jax, None)
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from mfa_jax import attention, capacity
 from mfa_jax.config import DistillationConfig, GroupRates, TrainConfig, from_dict, require, to_dict, to_json
 from mfa_jax.data import Prepared, Tokenizer, load_tokenizer, pipeline, prepare
+from mfa_jax.data.prepare import telling
 from mfa_jax.data.shards import DamagedShardError
 from mfa_jax.data.tokenizer_files import SAVED
 from mfa_jax.model import dispatch, grouped
@@ -147,13 +148,17 @@ def read_teacher(
     return teacher
 
 
-def open_data(config: TrainConfig) -> Prepared:
-    """The token shards of a run, made if they are not there yet; its tokenizer is kept beside them."""
+def open_data(config: TrainConfig, say: Callable[[str], object] = log.info) -> Prepared:
+    """The token shards of a run, made if they are not there yet; its tokenizer is kept beside them.
+
+    Args:
+      say: is told every ten seconds how far that is.
+    """
     workdir = Path(config.workdir)
     tokenizer, _ = _own_tokenizer(config)
     require(config.model.vocab_size >= tokenizer.vocab_size, "model.vocab_size", config.model.vocab_size,
             f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {config.data.tokenizer!r}")
-    prepared = prepare(config.data, config.data.prepared or workdir / run.DATA, tokenizer)
+    prepared = prepare(config.data, config.data.prepared or workdir / run.DATA, tokenizer, telling(say))
     pipeline.require_windows(prepared, config.data, "train")
     saved = workdir / run.TOKENIZER
     if not (saved / SAVED).exists():  # one that was cut off lacks it, and is made again
