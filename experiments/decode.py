@@ -2,24 +2,29 @@
 
     python -m experiments.decode --workdir runs/tiny --prompt "def " --max-new-tokens 64 --temperature 0
 
-Several prompts are decoded as one batch. With one prompt the text is written as it comes.
+Several prompts are decoded as one batch. With one prompt the text is written as it comes. `--mesh.tensor 4` and the
+like decode on more devices than the first. On several hosts the same command runs on each, with a mesh of all their
+devices, as with `experiments.train`; process 0 reads the terminal and writes the text.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import jax
 import tyro
 
 from experiments.cli import parse, run
-from experiments.opening import CacheDType, DecodeKernel, decode_kernel
-from mfa_jax.config import require
+from experiments.opening import ONE_DEVICE, CacheDType, DecodeKernel, decode_kernel, make_mesh
+from mfa_jax.config import MeshConfig, require
 from mfa_jax.generate import SamplingConfig, bucket, complete, stream_text
 from mfa_jax.model.transformer import Transformer
+from mfa_jax.train import cluster, processes
 from mfa_jax.train.run import Trained, load_trained
 
 
@@ -55,6 +60,8 @@ class DecodeConfig:
     """Type of the cached arrays, those of 8 bits with a scale a token; none for the model's."""
     implementation: DecodeKernel | None = None
     """Decode kernel; auto takes the device's own where it can serve, none what the run's config says."""
+    mesh: MeshConfig = dataclasses.field(default_factory=lambda: ONE_DEVICE)
+    """Which devices, and how parameters, caches and rows lie on them; one device unless given."""
     step: int | None = None
     """Checkpoint to read; none for the newest intact one."""
     ema: bool = False
@@ -74,13 +81,30 @@ def _decode(config: DecodeConfig, trained: Trained, prompts: tuple[str, ...]) ->
     arguments = (trained.model, trained.params, trained.tokenizer)
     if len(prompts) > 1:
         for prompt, text in zip(prompts, complete(*arguments, prompts, sampling, key, **options), strict=True):
-            print(f"{prompt}{text}\n{'-' * 20}")
+            _write(f"{prompt}{text}\n{'-' * 20}\n")
         return
     pieces = stream_text(*arguments, prompts[0], sampling, key, **options)
     for piece in itertools.chain([prompts[0] + next(pieces)], pieces):  # what is refused is refused before it is begun
-        sys.stdout.write(piece)
+        _write(piece)
+    _write("\n")
+
+
+def _write(text: str) -> None:
+    if jax.process_index() == 0:
+        sys.stdout.write(text)
         sys.stdout.flush()
-    print()
+
+
+def _tell(message: str) -> None:
+    if jax.process_index() == 0:
+        print(message, file=sys.stderr)
+
+
+def _lines() -> Iterator[str]:
+    """Lines of the terminal, which process 0 reads and all decode."""
+    while line := processes.gather(sys.stdin.readline() if jax.process_index() == 0 else "")[0]:
+        if line.strip("\n"):
+            yield line.strip("\n")
 
 
 def _with_kernel(config: DecodeConfig, trained: Trained) -> Trained:
@@ -91,8 +115,11 @@ def _with_kernel(config: DecodeConfig, trained: Trained) -> Trained:
     """
     model, chosen = decode_kernel(trained.model.config, config.implementation,
                                   config.capacity or bucket(config.max_new_tokens), config.cache_dtype)
-    print(f"step {trained.step} of {config.workdir}: {model.attention.variant}, {jax.devices()[0].platform}, "
-          f"decode attention by {chosen}", file=sys.stderr)
+    mesh = jax.sharding.get_mesh()
+    where = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    _tell(f"step {trained.step} of {config.workdir}: {model.attention.variant}, "
+          f"{where and f'{mesh.size} x '}{jax.devices()[0].platform}{where and f' ({where})'}, decode attention by "
+          f"{chosen}")
     return dataclasses.replace(trained, model=Transformer(model))
 
 
@@ -101,20 +128,27 @@ def main() -> None:
     require(config.max_new_tokens >= 1, "max_new_tokens", config.max_new_tokens, "must be at least 1")
     require(0 <= config.seed < 2**32, "seed", config.seed, "must be in 0 .. 2^32 - 1")
     config.sampling(1)  # refuses what cannot work before anything is loaded
-    trained = load_trained(config.workdir, step=config.step, ema=config.ema)
-    for step, reason in trained.skipped.items():
-        print(f"step {step} is skipped: {reason}", file=sys.stderr)
-    trained = _with_kernel(config, trained)
-    if config.prompt:
-        _decode(config, trained, config.prompt)
-        return
-    for line in sys.stdin:
-        if line.strip("\n"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cluster.joined())
+        require(jax.process_count() == 1 or config.mesh != ONE_DEVICE, "mesh", "one device",
+                f"must be one of all {jax.device_count()} devices of the {jax.process_count()} processes")
+        mesh = make_mesh(config.mesh)
+        if mesh.size > 1:
+            stack.enter_context(jax.set_mesh(mesh))
+        trained = load_trained(config.workdir, step=config.step, ema=config.ema, mesh=mesh)
+        for step, reason in trained.skipped.items():
+            _tell(f"step {step} is skipped: {reason}")
+        trained = _with_kernel(config, trained)
+        if config.prompt:
+            _decode(config, trained, config.prompt)
+            return
+        for line in _lines():
             try:
-                _decode(config, trained, (line.strip("\n"),))
+                _decode(config, trained, (line,))
             except ValueError as error:  # too long for the cache, say; the next line may not be
-                print(f"error: {error}", file=sys.stderr)
+                _tell(f"error: {error}")
 
 
 if __name__ == "__main__":
-    run(main)
+    with cluster.leaving_at_once():
+        run(main, label=cluster.label)

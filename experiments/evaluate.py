@@ -33,15 +33,13 @@ from typing import Any
 import jax
 
 from experiments import cli
-from experiments.opening import DecodingConfig, Opened, decode_kernel
-from mfa_jax import axes
+from experiments.opening import ONE_DEVICE, DecodingConfig, Opened, decode_kernel, make_mesh
 from mfa_jax.config import MeshConfig, require
 from mfa_jax.convert.tokenizer import save_tokenizer
 from mfa_jax.data.sentencepiece import SentencePieceTokenizer
 from mfa_jax.evaluate import TASKS
 from mfa_jax.model.transformer import Transformer
 
-ONE_DEVICE = MeshConfig(data=1)
 RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 """Those that RULER's tasks have a metric of."""
 RULER_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -216,7 +214,7 @@ def evaluate(
 def main(config: EvaluateConfig) -> None:
     # Tasks first: what is missing is told before a large model is read.
     manager, tasks = load_tasks(config)
-    mesh = axes.make_mesh(dataclasses.astuple(config.mesh), jax.devices()[:1] if config.mesh == ONE_DEVICE else None)
+    mesh = make_mesh(config.mesh)
     opened = config.open(mesh)
     with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
         found = evaluate(config, opened, manager, tasks, config.log_samples)

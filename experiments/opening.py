@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 from jax.sharding import Mesh
 
+from mfa_jax import axes
 from mfa_jax.attention import decode_call
-from mfa_jax.config import DType, ModelConfig, require
+from mfa_jax.config import DType, MeshConfig, ModelConfig, require
 from mfa_jax.convert import load_pretrained, pretrained_tokenizer
 from mfa_jax.data import Tokenizer, load_tokenizer
 from mfa_jax.kernels import default_device, resolve
@@ -30,6 +33,20 @@ class Opened:
     model: Transformer
     params: Any
     tokenizer: Tokenizer
+
+
+ONE_DEVICE = MeshConfig(data=1)
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of a script that takes as many devices as it is told, the first ones; of several processes all.
+
+    Raises:
+      ValueError: there are not as many; with several processes, there are more.
+    """
+    sizes = dataclasses.astuple(config)
+    some = -1 not in sizes and jax.process_count() == 1
+    return axes.make_mesh(sizes, jax.devices()[:math.prod(sizes)] if some else None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,13 @@ from experiments.faults import elastic
 from experiments.faults.recorded_train import wrong_batches
 from experiments.faults.runs import LONG, ROOT, SmallRun, names_the_lost, write_corpus
 from mfa_jax.config import MeshConfig, TrainConfig, load_json
+from mfa_jax.convert import save_run
+from mfa_jax.data import ByteTokenizer
+from mfa_jax.generate import SamplingConfig, complete
 from mfa_jax.train.checkpoint import Checkpoints
 from mfa_jax.train.loop import train
 from mfa_jax.train.run import CONFIG
+from tests.contract import compiled, model_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
 STEPS = 24
@@ -99,6 +103,24 @@ def test_before_the_first_step_a_process_ends_at_once(tmp_path: Path) -> None:
     assert job.wait()[0] == 128 + signal.SIGTERM, job.said()
     assert "process 1 was ended by SIGTERM" in job.said() and names_the_lost(job.said(0), 1), job.said()
     assert run.saved() == []
+
+
+def test_two_processes_decode_what_one_does(tmp_path: Path) -> None:
+    c = compiled(model_config("mfa", vocab_size=264))
+    save_run(tmp_path / "run", c.config, c.params, ByteTokenizer())
+    prompts = ("some text", "other")
+    flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.launch", "--processes", "2", "--devices-per-process", "2", "--", "-m",
+         "experiments.decode", "--workdir", str(tmp_path / "run"), "--temperature", "0", "--max-new-tokens", "12",
+         "--mesh.fsdp", "2", "--mesh.tensor", "2", *flags], cwd=ROOT, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    texts = complete(c.model, c.params, ByteTokenizer(), prompts, SamplingConfig(temperature=0), jax.random.key(0),
+                     max_new_tokens=12)
+    expected = "".join(f"{prompt}{text}\n{'-' * 20}\n" for prompt, text in zip(prompts, texts, strict=True))
+    lines = done.stdout.decode().split("\n")  # gloo says there, too, when it is connected
+    written = "".join(f"{line.removeprefix('[0] ')}\n" for line in lines if line.startswith("[0] "))
+    assert written.endswith(expected) and not any("some text" in line for line in lines if line.startswith("[1] "))
 
 
 def test_no_host_reads_a_whole_large_array(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mfa_jax import axes
 from mfa_jax.attention import serving
 from mfa_jax.attention.cached import placement
 from mfa_jax.config import require
@@ -171,6 +172,11 @@ def _generate(
     return decode(model, params, state, limit, sampling=sampling).generated
 
 
+def _readable(state: _State) -> _State:
+    """What each row got on every device: of several processes each can read it."""
+    return state._replace(generated=jax.tree.map(lambda x: axes.constrain(x, *[None] * x.ndim), state.generated))
+
+
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _prefill(
     model: Transformer, params: Any, prompts: Array, lengths: Array, stops: Array, key: Array, *,
@@ -185,7 +191,7 @@ def _prefill(
         real = jnp.arange(T) < lengths[:, None]
         seen = jnp.zeros((B, model.config.vocab_size), bool).at[jnp.arange(B)[:, None], prompts].max(real)
     state = read(model, params, caches, prompts, lengths, stops, key, seen, sampling=sampling, buffer=buffer)
-    return state._replace(caches=tuple(cache.with_capacity(capacity) for cache in state.caches))
+    return _readable(state._replace(caches=tuple(cache.with_capacity(capacity) for cache in state.caches)))
 
 
 def read(
@@ -237,7 +243,7 @@ def decode(model: Transformer, params: Any, state: _State, limit: Array, *, samp
     def used(state: _State) -> _State:
         return state._replace(caches=jax.tree.map(from_words, state.caches, types))
 
-    return used(jax.lax.while_loop(unfinished, lambda s: carried(body(used(s))), carried(state)))
+    return _readable(used(jax.lax.while_loop(unfinished, lambda s: carried(body(used(s))), carried(state))))
 
 
 def _choose(state: _State, logits: Float[Array, "B V"], sampling: SamplingConfig) -> _State:
