@@ -212,7 +212,8 @@ class TrainConfig:
     save_every: int = 100
     """Steps between two checkpoints; the last step is always saved."""
     keep_checkpoints: int = 3
-    """How many of the latest checkpoints stay; the one with the lowest held-out loss stays besides."""
+    """How many of the latest checkpoints stay; the one with the lowest held-out loss stays besides, in distillation the
+    one nearest to the teacher (`eval_kl`)."""
     on_save_failure: Literal["stop", "continue"] = "stop"
     """What a checkpoint, or a line of metrics, that cannot be written (disk full, ...) does to the run: it stops, or it
     goes on, tells, and tries again at the next line of metrics or save (in a run of one process); the save at the end
