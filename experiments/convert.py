@@ -78,6 +78,8 @@ class ConvertConfig:
     """Rows of calibration text; none for 32, or as many as the fit needs: 2 N C tokens, of C the width that is left."""
     context: int = 512
     """Tokens of a row."""
+    add_bos_token: bool = False
+    """Begin each row of calibration text with the begin token: what Llama and Mistral were trained with."""
     ridge: float = 0.01
     """Of the refit, as a share of the mean square of the features."""
     param_dtype: DType = "float32"
@@ -112,7 +114,7 @@ def goes_by_layer(method: str, ratio: float) -> bool:
 def unread(method: str, ratio: float) -> tuple[str, ...]:
     """Settings that a conversion does not read."""
     if not goes_by_layer(method, ratio):
-        return ("calibration", "rows", "context", "ridge")
+        return ("calibration", "rows", "context", "ridge", "add_bos_token")
     return ("ridge",) if method == "key_pca" else ()
 
 
@@ -173,20 +175,24 @@ def calibration_rows(config: ConvertConfig, tokenizer: Tokenizer, rows: int) -> 
     """`[rows, context]` tokens, the files in turn, each from its beginning.
 
     Raises:
-      ValueError: a file that is too short.
+      ValueError: a file that is too short; no begin token where one is asked for.
     """
-    per_file = -(-rows // len(config.calibration))
+    require(not config.add_bos_token or tokenizer.bos_id is not None, "add_bos_token", True,
+            "the tokenizer has no begin token")
+    begin = [tokenizer.bos_id] if config.add_bos_token else []
+    per_file, length = -(-rows // len(config.calibration)), config.context - len(begin)
     found = []
     for path in config.calibration:
         ids = np.empty(0, np.int32)
         for document in documents(path):
             # Not the whole of a long text: a token is hardly more than 16 bytes.
-            ids = np.append(ids, tokenizer.encode(document.text[: 16 * per_file * config.context]))
-            if len(ids) >= per_file * config.context:
+            ids = np.append(ids, tokenizer.encode(document.text[: 16 * per_file * length]))
+            if len(ids) >= per_file * length:
                 break
-        require(len(ids) >= per_file * config.context, "calibration", path,
-                f"has {len(ids)} tokens, {per_file} rows of {config.context} are asked of it")
-        found.append(ids[: per_file * config.context].reshape(per_file, config.context))
+        require(len(ids) >= per_file * length, "calibration", path,
+                f"has {len(ids)} tokens, {per_file} rows of {length} are asked of it")
+        cut = ids[: per_file * length].reshape(per_file, length)
+        found.append(np.concatenate([np.full((per_file, len(begin)), begin, np.int32), cut], axis=1))
     return np.stack(found, axis=1).reshape(-1, config.context)[:rows]
 
 
