@@ -34,8 +34,8 @@ def corpus(tmp_path_factory) -> tuple[Prepared, DataConfig]:
     return prepare(config, folder / "data", ByteTokenizer()), config
 
 
-def slow_rows(prepared: Prepared, split: str, separate: bool) -> list[dict[str, list[int]]]:
-    """Every window of a split, token by token, the last one padded."""
+def slow_rows(prepared: Prepared, split: str, separate: bool, begin: int | None = None) -> list[dict[str, list[int]]]:
+    """Every window of a split, token by token, the last one padded; `begin` stands before rows and documents."""
     tokens, offsets = prepared.tokens(split).tolist(), prepared.offsets(split).tolist()
     document_of = [number for number, (a, b) in enumerate(itertools.pairwise(offsets)) for _ in range(a, b)]
     rows = []
@@ -46,10 +46,14 @@ def slow_rows(prepared: Prepared, split: str, separate: bool) -> list[dict[str, 
             if i + 1 >= len(tokens):
                 values = (0, 0, 0, 0, 0)
             else:
-                if separate and i > start and document_of[i] != document_of[i - 1]:
+                last = separate and document_of[i] != document_of[i + 1]
+                begins = separate and document_of[i] != document_of[i - 1] if begin is None else last
+                if begins and i > start:
                     position, segment = 0, segment + 1
-                same = not separate or document_of[i] == document_of[i + 1]
-                values = (tokens[i], tokens[i + 1], position, segment, int(same))
+                if begin is None:
+                    values = (tokens[i], tokens[i + 1], position, segment, int(not last))
+                else:
+                    values = (begin if last or i == start else tokens[i], tokens[i + 1], position, segment, 1)
                 position += 1
             for name, value in zip(FIELDS, values, strict=True):
                 row[name].append(value)
@@ -69,11 +73,11 @@ def epoch_keys(loader, windows: int) -> list[tuple[int, ...]]:
     return [key(next(loader), 0) for _ in range(windows)]
 
 
-@pytest.mark.parametrize("separate", [True, False])
-def test_an_epoch_holds_every_window_once_as_defined(corpus, separate):
+@pytest.mark.parametrize("separate, begin", [(True, None), (False, None), (True, 257), (False, 257)])
+def test_an_epoch_holds_every_window_once_as_defined(corpus, separate, begin):
     prepared, config = corpus
-    config = dataclasses.replace(config, separate_documents=separate, batch_size=1)
-    expected = slow_rows(prepared, "train", separate)
+    config = dataclasses.replace(config, separate_documents=separate, batch_size=1, add_bos_token=begin is not None)
+    expected = slow_rows(prepared, "train", separate, begin)
     if expected[-1]["segments"][-1] == 0:
         expected.pop()
     by_key = {(*row["inputs"], row["targets"][-1]): row for row in expected}
@@ -225,6 +229,8 @@ def test_what_cannot_be_read_is_refused(corpus, tmp_path):
         eval_batches(prepared, config, 1, 2, 2)
     with pytest.raises(ValueError, match="eval_batches=0: must be at least 1"):
         eval_batches(prepared, config, 0)
+    with pytest.raises(ValueError, match="add_bos_token=True: needs a tokenizer with a begin token"):
+        make_loader(dataclasses.replace(prepared, bos_id=None), dataclasses.replace(config, add_bos_token=True))
     all_train = dataclasses.replace(config, held_out=0.0)
     nothing = prepare(all_train, Path(tmp_path) / "data", ByteTokenizer())
     with pytest.raises(ValueError, match="held_out=0.0: the held-out split has 0 tokens; nothing to evaluate on"):

@@ -15,7 +15,7 @@ import pytest
 
 from experiments.train import parse
 from mfa_jax.config import MeshConfig, OptimizerConfig, TrainConfig, to_dict, to_json
-from mfa_jax.data import Batches
+from mfa_jax.data import Batches, ByteTokenizer
 from mfa_jax.data.pipeline import require_same_order
 from mfa_jax.data.shards import DamagedShardError
 from mfa_jax.generate import SamplingConfig, generate
@@ -206,6 +206,22 @@ def test_a_run_goes_on_with_its_own_data_alone(
     other = dataclasses.replace(config.data, source=str(reversed_text), prepared=str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"data.source=.*reversed.*other data than those of the run in .*digest="):
         train_on_one(dataclasses.replace(config, data=other, steps=4))
+
+
+def test_rows_begin_with_the_tokenizers_begin_token_or_the_run_is_refused(
+        corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    config = config_for(tmp_path / "run", corpus, steps=2, eval_every=2)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, add_bos_token=True))
+    first = []
+    read = Batches.__next__
+    monkeypatch.setattr(Batches, "__next__", lambda self: first.append(batch := read(self)) or batch)
+    train_on_one(config)
+    assert first and all((batch["inputs"][:, 0] == ByteTokenizer.bos_id).all() for batch in first)
+    monkeypatch.setattr(ByteTokenizer, "bos_id", None)
+    other = dataclasses.replace(config, workdir=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="data.add_bos_token=True: the tokenizer 'bytes' has no begin token"):
+        train_on_one(other)
+    assert not (tmp_path / "other" / run.DATA).exists()
 
 
 def test_a_state_of_the_first_version_has_no_digest_and_goes_on(corpus: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -39,6 +39,9 @@ class DataConfig:
     """Field of a JSONL or Hugging Face row that holds the document."""
     separate_documents: bool = True
     """Documents packed in one row do not see each other."""
+    add_bos_token: bool = False
+    """Each row begins with the tokenizer's begin token, and with `separate_documents` each document in it, too, as
+    models expect that were trained so (Llama, Mistral): it takes the place of the token before."""
     seed: int = 0
     """Seed of the shuffle, below 2^32. Epoch e is shuffled by seed + e: runs of several epochs that are to differ take
     seeds that lie further apart."""

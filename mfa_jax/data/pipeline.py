@@ -25,6 +25,8 @@ Batch = dict[str, Shaped[np.ndarray, "B T"]]
 * `positions` count from 0 in each document of the row, `segments` number its documents from 1; 0 is padding.
 * `mask` is 1 where the target counts: not where it begins another document than its input is of, not in padding.
 * Without `separate_documents` a row is one segment, and every target but padding counts.
+* With `add_bos_token` the first input of a row is the begin token; with `separate_documents` so is the input before
+  each document, whose first token is then a target that counts, too.
 """
 
 READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
@@ -38,6 +40,9 @@ class Windows:
         """Args: `rows`: the windows to take, -1 for a row of padding; None takes each whole window once."""
         self._prepared, self._split = prepared, split
         self._length, self._separate = config.sequence_length, config.separate_documents
+        require(not config.add_bos_token or prepared.bos_id is not None, "add_bos_token", True,
+                "needs a tokenizer with a begin token (`Prepared.bos_id` is None)")
+        self._begin = prepared.bos_id if config.add_bos_token else None
         whole = max(prepared.size(split).tokens - 1, 0) // self._length
         self._rows = range(whole) if rows is None else rows
         self._maps: tuple[Verified, np.ndarray, np.ndarray] | None = None
@@ -72,11 +77,17 @@ class Windows:
             # Documents that begin at tokens 1 .. count of the window; the last of these is a target only.
             low, high = np.searchsorted(offsets, [start, start + count], side="right")
             begins = offsets[low:high] - start
-            row["mask"][begins - 1] = 0
-            begins = begins[begins < count]
+            if self._begin is None:
+                row["mask"][begins - 1] = 0
+            else:
+                begins -= 1
+                row["inputs"][begins] = self._begin
+            begins = begins[(begins > 0) & (begins < count)]
             row["segments"][begins] += 1
             row["segments"][:count] = 1 + np.cumsum(row["segments"][:count] - 1)
             row["positions"][:count] -= np.append(0, begins)[row["segments"][:count] - 1].astype(np.int32)
+        if self._begin is not None:
+            row["inputs"][0] = self._begin
 
 
 class Batches(Iterator[Batch]):

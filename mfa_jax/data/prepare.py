@@ -82,7 +82,7 @@ def prepare(config: DataConfig, folder: str | Path, tokenizer: Tokenizer,
     settings = Settings(config.source, config.text_field, config.held_out, tokenizer.fingerprint,
                         config.held_out_source)
     if _taken(folder):
-        return _reuse(folder, settings)
+        return _reuse(folder, settings, tokenizer)
     staging = folder.with_name(f".{folder.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         staging.mkdir(parents=True)
@@ -92,13 +92,13 @@ def prepare(config: DataConfig, folder: str | Path, tokenizer: Tokenizer,
         except OSError:
             if not _taken(folder):
                 raise
-            return _reuse(folder, settings)  # another process was faster
+            return _reuse(folder, settings, tokenizer)  # another process was faster
     except OSError as error:
         raise ValueError(f"prepared={str(folder)!r}: cannot be written ({error.strerror or error}); "
                          f"nothing that was there before was changed") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return open_prepared(folder)
+    return open_prepared(folder, tokenizer.bos_id)
 
 
 def _taken(folder: Path) -> bool:
@@ -109,10 +109,10 @@ def _taken(folder: Path) -> bool:
         raise ValueError(f"prepared={str(folder)!r}: cannot be read ({error.strerror})") from error
 
 
-def _reuse(folder: Path, settings: Settings) -> Prepared:
+def _reuse(folder: Path, settings: Settings, tokenizer: Tokenizer) -> Prepared:
     require((folder / META).exists(), "prepared", str(folder),
             f"must be empty or prepared before; it holds other files and no {META}")
-    prepared = open_prepared(folder)
+    prepared = open_prepared(folder, tokenizer.bos_id)
     before, now = dataclasses.asdict(prepared.meta.settings), dataclasses.asdict(settings)
     different = [f"{name}={before[name]!r}, now {now[name]!r}" for name in now if before[name] != now[name]]
     require(not different, "prepared", str(folder),

@@ -80,6 +80,8 @@ class Prepared:
 
     folder: Path
     meta: Meta
+    bos_id: int | None = None
+    """The begin token of the tokenizer that it is read with; it is in no shard."""
 
     def size(self, split: Split) -> SplitSize:
         return self.meta.train if split == "train" else self.meta.held_out
@@ -155,8 +157,11 @@ class Verified:
 # ---- opening ---------------------------------------------------------------------------------------------------
 
 
-def open_prepared(folder: str | Path) -> Prepared:
+def open_prepared(folder: str | Path, bos_id: int | None = None) -> Prepared:
     """Opens what `prepare` wrote. Offsets are checked whole; tokens are where they are read (`Verified`).
+
+    Args:
+      bos_id: the tokenizer's begin token, for rows that begin with it.
 
     Raises:
       ValueError: no prepared folder, one of another format, or one whose files are not as `meta.json` says.
@@ -168,7 +173,7 @@ def open_prepared(folder: str | Path) -> Prepared:
         raise ValueError(f"prepared={str(folder)!r}: {META} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"prepared={str(folder)!r}: {META} is not JSON ({error})") from error
-    prepared = Prepared(folder, from_dict(Meta, content, str(folder / META)))
+    prepared = Prepared(folder, from_dict(Meta, content, str(folder / META)), bos_id)
     found = prepared.meta.settings.format
     require(found == FORMAT, "prepared", str(folder), f"is of format {found}, this is {FORMAT}; remove the folder, and "
             "the data are prepared again")

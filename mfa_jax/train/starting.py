@@ -158,6 +158,8 @@ def open_data(config: TrainConfig, say: Callable[[str], object] = log.info) -> P
     tokenizer, _ = _own_tokenizer(config)
     require(config.model.vocab_size >= tokenizer.vocab_size, "model.vocab_size", config.model.vocab_size,
             f"must be at least {tokenizer.vocab_size}, the vocabulary of tokenizer {config.data.tokenizer!r}")
+    require(not config.data.add_bos_token or tokenizer.bos_id is not None, "data.add_bos_token", True,
+            f"the tokenizer {config.data.tokenizer!r} has no begin token")
     prepared = prepare(config.data, config.data.prepared or workdir / run.DATA, tokenizer, telling(say))
     pipeline.require_windows(prepared, config.data, "train")
     saved = workdir / run.TOKENIZER
