@@ -79,7 +79,8 @@ class ConvertConfig:
     context: int = 512
     """Tokens of a row."""
     add_bos_token: bool = False
-    """Begin each row of calibration text with the begin token: what Llama and Mistral were trained with."""
+    """Begin each row of calibration text with the begin token, what Llama and Mistral were trained with, and have what
+    reads the converted model do so, too."""
     ridge: float = 0.01
     """Of the refit, as a share of the mean square of the features."""
     param_dtype: DType = "float32"
@@ -114,7 +115,7 @@ def goes_by_layer(method: str, ratio: float) -> bool:
 def unread(method: str, ratio: float) -> tuple[str, ...]:
     """Settings that a conversion does not read."""
     if not goes_by_layer(method, ratio):
-        return ("calibration", "rows", "context", "ridge", "add_bos_token")
+        return ("calibration", "rows", "context", "ridge")
     return ("ridge",) if method == "key_pca" else ()
 
 
@@ -261,7 +262,7 @@ def main(config: ConvertConfig) -> None:
                 f"must be at most the model's vocab_size={given.vocab_size}")
         resumed = kept and any(unfinished(config.out).glob("state-*.npz"))
         found, converted, layers = convert(config, given, params, tokenizer)
-        save_run(config.out, found, balanced(found, converted), tokenizer)
+        save_run(config.out, found, balanced(found, converted), tokenizer, add_bos_token=config.add_bos_token)
         for file in unfinished(config.out).glob("*.*") if kept else ():
             file.unlink()
     if config.report:

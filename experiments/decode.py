@@ -53,7 +53,7 @@ class DecodeConfig:
     stop_at_end: bool = True
     """Stop where the model ends a document."""
     add_bos_token: bool = False
-    """Begin each prompt with the begin token: what models converted from Llama or Mistral were trained with."""
+    """Begin each prompt with the begin token, as is always done for a run that was trained or converted with it."""
     capacity: int | None = None
     """Tokens that the cache holds; none for what is needed."""
     cache_dtype: CacheDType | None = None
@@ -75,7 +75,8 @@ class DecodeConfig:
 def _decode(config: DecodeConfig, trained: Trained, prompts: tuple[str, ...]) -> None:
     options: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens, "capacity": config.capacity, "cache_dtype": config.cache_dtype,
-        "stop_at_end": config.stop_at_end, "add_bos_token": config.add_bos_token,
+        "stop_at_end": config.stop_at_end,
+        "add_bos_token": config.add_bos_token or trained.config.data.add_bos_token,
     }
     sampling, key = config.sampling(trained.tokenizer.vocab_size), jax.random.key(config.seed)
     arguments = (trained.model, trained.params, trained.tokenizer)

@@ -73,7 +73,8 @@ class EvaluateConfig(DecodingConfig):
     max_seq_lengths: tuple[int, ...] = ()
     """Lengths of the contexts that RULER's tasks make, in tokens, the answer included; none for 4096."""
     add_bos_token: bool = False
-    """Begin every context with the begin token, which some models were trained to see."""
+    """Begin every context with the begin token, which some models were trained to see; of a run that was trained or
+    converted with it, always."""
     output: str | None = None
     """File that the results are written to, as JSON; must not exist yet."""
     log_samples: bool = False
@@ -196,9 +197,10 @@ def evaluate(
 
     start = time.monotonic()
     model, kernel = decode_kernel(opened.model.config, config.implementation, config.max_length, config.cache_dtype)
+    begins = config.add_bos_token or opened.add_bos_token
     harness = HarnessModel(
         Transformer(model), opened.params, opened.tokenizer, max_length=config.max_length,
-        batch_tokens=config.batch_tokens, max_gen_toks=config.max_gen_toks, add_bos_token=config.add_bos_token,
+        batch_tokens=config.batch_tokens, max_gen_toks=config.max_gen_toks, add_bos_token=begins,
         cache_dtype=config.cache_dtype, seed=config.seed)
     found = lm_eval.simple_evaluate(
         harness, tasks=tasks, task_manager=manager, limit=config.limit, num_fewshot=config.num_fewshot,
@@ -206,7 +208,7 @@ def evaluate(
         log_samples=log_samples, bootstrap_iters=BOOTSTRAP, confirm_run_unsafe_code=config.confirm_run_unsafe_code)
     found["mfa_jax"] = {
         "model": opened.name, "attention": model.attention.variant, "dtype": model.dtype, "decode_attention": kernel,
-        "platform": jax.devices()[0].platform, "mesh": dict(jax.sharding.get_mesh().shape),
+        "add_bos_token": begins, "platform": jax.devices()[0].platform, "mesh": dict(jax.sharding.get_mesh().shape),
         "truncated_requests": harness.truncated, "seconds": round(time.monotonic() - start, 1)}
     return dict(found)
 

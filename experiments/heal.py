@@ -55,7 +55,8 @@ def defaults(student: str | None, workdir: str | None = None) -> TrainConfig:
     tokenizer = str(Path(student) / run.TOKENIZER)
     begun = not Path(student).exists() and (Path(workdir or config.workdir) / run.CHECKPOINTS).is_dir()
     _, saved = run.load_config(workdir or config.workdir) if begun else run.load_config(student, field="student")
-    return dataclasses.replace(config, model=saved.model, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+    data = dataclasses.replace(config.data, tokenizer=tokenizer, add_bos_token=saved.data.add_bos_token)
+    return dataclasses.replace(config, model=saved.model, data=data)
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:

@@ -66,7 +66,7 @@ class LongContextConfig(OpenConfig):
 def measure(config: LongContextConfig) -> dict[str, Any]:
     """Figures of each task that was named, and what they are of."""
     opened = config.open()
-    begin = opened.tokenizer.bos_id if config.add_bos_token else None
+    begin = opened.tokenizer.bos_id if config.add_bos_token or opened.add_bos_token else None
     require(not config.add_bos_token or begin is not None, "add_bos_token", True, "the tokenizer has no begin token")
     judge = Judge(opened.model, opened.params, opened.tokenizer, config.batch_rows, begin)
     found: dict[str, Any] = {"model": opened.name, "attention": opened.model.config.attention.variant,

@@ -33,6 +33,8 @@ class Opened:
     model: Transformer
     params: Any
     tokenizer: Tokenizer
+    add_bos_token: bool = False
+    """Whether it is a run's that was trained, or converted, with a begin token before each row."""
 
 
 ONE_DEVICE = MeshConfig(data=1)
@@ -113,7 +115,8 @@ def open_model(
         trained = load_trained(workdir, step=step, ema=ema, mesh=mesh)
         config = trained.model.config
         config = dataclasses.replace(config, dtype=dtype or config.dtype)
-        return Opened(f"{workdir}, step {trained.step}", Transformer(config), trained.params, trained.tokenizer)
+        return Opened(f"{workdir}, step {trained.step}", Transformer(config), trained.params, trained.tokenizer,
+                      trained.config.data.add_bos_token)
     assert hf is not None
     require(step is None and not ema, "step", step, "and ema are for the folder of a run")
     # First the small one: what is missing is told before a large model is read.

@@ -159,8 +159,8 @@ def test_rows_of_text_take_the_files_in_turn(tmp_path: Path) -> None:
     begun = calibration_rows(dataclasses.replace(config, add_bos_token=True), ByteTokenizer(), 3)
     assert begun.shape == (3, 8) and begun[:, 0].tolist() == [257] * 3
     np.testing.assert_array_equal(begun[:, 1:], rows[:, :7])
-    with pytest.raises(ValueError, match="add_bos_token=True: must be left out: method='commuting' at cache_ratio=1"):
-        ConvertConfig("x", "y", add_bos_token=True)
+    with pytest.raises(ValueError, match="context=9: must be left out: method='commuting' at cache_ratio=1"):
+        ConvertConfig("x", "y", context=9)
 
 
 def test_what_cannot_be_converted_is_told_before_it_is_read(data_dir: Path, tmp_path: Path) -> None:

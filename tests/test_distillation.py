@@ -22,6 +22,7 @@ import tokenizers
 from jax.sharding import Mesh, NamedSharding
 
 from experiments import heal
+from experiments.opening import open_model
 from mfa_jax import axes
 from mfa_jax.config import (
     DataConfig,
@@ -400,6 +401,20 @@ def test_flags_become_the_config(folders: dict[str, Path], reduced: Converted, t
     assert config.distillation == DistillationConfig(str(folders["teacher_run"]), temperature=2.0)
     assert config.optimizer.rates == GroupRates(embeddings=0.0)
     assert from_dict(TrainConfig, to_dict(config)) == config
+
+
+def test_a_student_that_expects_the_begin_token_is_healed_and_opened_so(
+        folders: dict[str, Path], reduced: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_run(tmp_path / "student", *reduced, ByteTokenizer(), add_bos_token=True)
+    begun = {**folders, "student": tmp_path / "student"}
+    assert heal.parse(flags(begun, tmp_path / "healed")).data.add_bos_token
+    assert not heal.parse(flags(begun, tmp_path / "healed", "--data.no-add-bos-token")).data.add_bos_token
+    assert not heal.parse(flags(folders, tmp_path / "healed")).data.add_bos_token
+    assert open_model(str(tmp_path / "student"), None).add_bos_token
+    monkeypatch.setattr(ByteTokenizer, "bos_id", None)
+    with pytest.raises(ValueError, match="add_bos_token=True: the tokenizer has no begin token"):
+        save_run(tmp_path / "other", *reduced, ByteTokenizer(), add_bos_token=True)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_checkpoint_is_held_in_what_the_run_computes_in(folders: dict[str, Path], tmp_path: Path) -> None:

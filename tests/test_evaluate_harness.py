@@ -390,7 +390,7 @@ def test_what_must_be_fetched_is_refused_without_a_network(monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_a_run_is_evaluated_to_a_file(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_run(tmp_path / "run", C.config, C.params, TOKENIZER)
+    save_run(tmp_path / "run", C.config, C.params, TOKENIZER, add_bos_token=True)
     output = tmp_path / "found.json"
     main(EvaluateConfig(tasks="local_hellaswag,local_bbh,local_wikitext2", workdir=str(tmp_path / "run"),
                         local_data=str(files), output=str(output), log_samples=True, max_gen_toks=8))
@@ -400,6 +400,7 @@ def test_a_run_is_evaluated_to_a_file(files: Path, tmp_path: Path, capsys: pytes
     right = [max(range(2), key=lambda i: float(s["resps"][i][0][0])) == s["doc"]["gold"] for s in samples]
     assert found["results"]["local_hellaswag"]["acc,none"] == np.mean(right)
     assert found["mfa_jax"]["attention"] == "mfa" and found["mfa_jax"]["decode_attention"] == "xla"
+    assert found["mfa_jax"]["add_bos_token"]
     assert "local_wikitext2" in capsys.readouterr().out and not list(tmp_path.glob("*.partial"))
     with pytest.raises(ValueError, match="must not exist yet"):
         EvaluateConfig(tasks="local_bbh", local_data="x", output=str(output))

@@ -106,8 +106,9 @@ def test_before_the_first_step_a_process_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_two_processes_decode_what_one_does(tmp_path: Path) -> None:
+    """Behind the begin token, as the run says."""
     c = compiled(model_config("mfa", vocab_size=264))
-    save_run(tmp_path / "run", c.config, c.params, ByteTokenizer())
+    save_run(tmp_path / "run", c.config, c.params, ByteTokenizer(), add_bos_token=True)
     prompts = ("some text", "other")
     flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
     done = subprocess.run(
@@ -116,7 +117,7 @@ def test_two_processes_decode_what_one_does(tmp_path: Path) -> None:
          "--mesh.fsdp", "2", "--mesh.tensor", "2", *flags], cwd=ROOT, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     texts = complete(c.model, c.params, ByteTokenizer(), prompts, SamplingConfig(temperature=0), jax.random.key(0),
-                     max_new_tokens=12)
+                     max_new_tokens=12, add_bos_token=True)
     expected = "".join(f"{prompt}{text}\n{'-' * 20}\n" for prompt, text in zip(prompts, texts, strict=True))
     lines = done.stdout.decode().split("\n")  # gloo says there, too, when it is connected
     written = "".join(f"{line.removeprefix('[0] ')}\n" for line in lines if line.startswith("[0] "))

@@ -28,20 +28,27 @@ def host() -> jax.Device:
                          f"lies while it is converted ({error})") from error
 
 
-def save_run(folder: str | Path, config: ModelConfig, params: Any, tokenizer: Tokenizer) -> None:
+def save_run(
+    folder: str | Path, config: ModelConfig, params: Any, tokenizer: Tokenizer, *, add_bos_token: bool = False
+) -> None:
     """Writes a model as step 0 of a run that has not been trained; the folder appears when it is complete.
 
     Args:
       params: arrays, layers stacked.
+      add_bos_token: say of the model that it expects the begin token before each text (`DataConfig.add_bos_token`).
 
     Raises:
-      ValueError: the folder is taken, or a tokenizer larger than the vocabulary.
+      ValueError: the folder is taken, a tokenizer larger than the vocabulary, or one without a begin token that is
+        asked for.
     """
     folder = Path(folder)
     require_free(folder)
     require(tokenizer.vocab_size <= config.vocab_size, "tokenizer.vocab_size", tokenizer.vocab_size,
             f"must be at most the model's vocab_size={config.vocab_size}")
-    train = TrainConfig(workdir=str(folder), model=config, data=DataConfig(tokenizer=str(folder / TOKENIZER)))
+    require(not add_bos_token or tokenizer.bos_id is not None, "add_bos_token", True,
+            "the tokenizer has no begin token")
+    data = DataConfig(tokenizer=str(folder / TOKENIZER), add_bos_token=add_bos_token)
+    train = TrainConfig(workdir=str(folder), model=config, data=data)
     with appearing(folder) as partial:
         tokenizer.save(partial / TOKENIZER)
         (partial / CONFIG).write_text(to_json(train))
