@@ -12,9 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_script(*arguments: str, lines: str = "") -> subprocess.CompletedProcess[str]:
+    """Args: the module and its arguments, and what it reads from the terminal."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment, input=lines,
+                          capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -56,3 +58,7 @@ def test_train_resume_and_decode_as_the_readme_says(tmp_path: Path) -> None:
         assert done.returncode == 2 and done.stdout == "", "the prompt is written once something follows"
     both = run_script(*decode, "--prompt", "class ")
     assert both.returncode == 0 and "class " in both.stdout
+    asked = run_script("experiments.decode", "--workdir", str(tmp_path), "--max-new-tokens", "8", "--temperature", "0",
+                       "--capacity", "12", lines=f"{'x' * 20}\n\ndef \n")
+    assert asked.returncode == 0 and asked.stdout == greedy[0].stdout, "the line that is too long ends nothing"
+    assert asked.stderr.count("error: ") == 1 and "capacity=12" in asked.stderr
