@@ -9,7 +9,6 @@ devices, as with `experiments.train`; process 0 reads the terminal and writes th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import sys
@@ -20,7 +19,7 @@ import jax
 import tyro
 
 from experiments.cli import parse, run
-from experiments.opening import ONE_DEVICE, CacheDType, DecodeKernel, decode_kernel, make_mesh
+from experiments.opening import ONE_DEVICE, CacheDType, DecodeKernel, decode_kernel, joined_mesh
 from mfa_jax.config import MeshConfig, require
 from mfa_jax.generate import SamplingConfig, bucket, complete, stream_text
 from mfa_jax.model.transformer import Transformer
@@ -129,13 +128,7 @@ def main() -> None:
     require(config.max_new_tokens >= 1, "max_new_tokens", config.max_new_tokens, "must be at least 1")
     require(0 <= config.seed < 2**32, "seed", config.seed, "must be in 0 .. 2^32 - 1")
     config.sampling(1)  # refuses what cannot work before anything is loaded
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(cluster.joined())
-        require(jax.process_count() == 1 or config.mesh != ONE_DEVICE, "mesh", "one device",
-                f"must be one of all {jax.device_count()} devices of the {jax.process_count()} processes")
-        mesh = make_mesh(config.mesh)
-        if mesh.size > 1:
-            stack.enter_context(jax.set_mesh(mesh))
+    with joined_mesh(config.mesh) as mesh:
         trained = load_trained(config.workdir, step=config.step, ema=config.ema, mesh=mesh)
         for step, reason in trained.skipped.items():
             _tell(f"step {step} is skipped: {reason}")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import importlib.util
 import json
 import logging
@@ -33,12 +34,13 @@ from typing import Any
 import jax
 
 from experiments import cli
-from experiments.opening import ONE_DEVICE, DecodingConfig, Opened, decode_kernel, make_mesh
+from experiments.opening import ONE_DEVICE, DecodingConfig, Opened, decode_kernel, joined_mesh
 from mfa_jax.config import MeshConfig, require
 from mfa_jax.convert.tokenizer import save_tokenizer
 from mfa_jax.data.sentencepiece import SentencePieceTokenizer
 from mfa_jax.evaluate import TASKS
 from mfa_jax.model.transformer import Transformer
+from mfa_jax.train import cluster, processes
 
 RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 """Those that RULER's tasks have a metric of."""
@@ -214,14 +216,21 @@ def evaluate(
 
 
 def main(config: EvaluateConfig) -> None:
-    # Tasks first: what is missing is told before a large model is read.
-    manager, tasks = load_tasks(config)
-    mesh = make_mesh(config.mesh)
-    opened = config.open(mesh)
-    with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+    with joined_mesh(config.mesh) as mesh:
+        # Tasks first: what is missing is told before a large model is read.
+        manager, tasks = load_tasks(config)
+        if jax.process_count() > 1:  # all of them run the same programs, one after the other
+            processes.require_same("tasks", json.dumps([[task.config.task, _digest(task)] for task in tasks]))
+        opened = config.open(mesh)
         found = evaluate(config, opened, manager, tasks, config.log_samples)
-    write(found, config.output)
-    print(json.dumps(found["mfa_jax"]), file=sys.stderr)
+        if jax.process_index() == 0:
+            write(found, config.output)
+            print(json.dumps(found["mfa_jax"]), file=sys.stderr)
+
+
+def _digest(task: Any) -> str:
+    """Of its items."""
+    return hashlib.sha256("\n".join(map(repr, task.eval_docs)).encode()).hexdigest()
 
 
 def write(found: dict[str, Any], output: str | None) -> None:
@@ -238,4 +247,5 @@ def write(found: dict[str, Any], output: str | None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(cli.parse(EvaluateConfig)))
+    with cluster.leaving_at_once():
+        cli.run(lambda: main(cli.parse(EvaluateConfig)), label=cluster.label)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ from mfa_jax.convert import load_pretrained, pretrained_tokenizer
 from mfa_jax.data import Tokenizer, load_tokenizer
 from mfa_jax.kernels import default_device, resolve
 from mfa_jax.model.transformer import Transformer
+from mfa_jax.train import cluster
 from mfa_jax.train.run import TOKENIZER, load_trained
 
 CacheDType = Literal["float32", "bfloat16", "int8", "float8_e4m3fn"]
@@ -46,9 +49,24 @@ def make_mesh(config: MeshConfig) -> Mesh:
     Raises:
       ValueError: there are not as many; with several processes, there are more.
     """
+    require(jax.process_count() == 1 or config != ONE_DEVICE, "mesh", "one device",
+            f"must be one of all {jax.device_count()} devices of the {jax.process_count()} processes")
     sizes = dataclasses.astuple(config)
     some = -1 not in sizes and jax.process_count() == 1
     return axes.make_mesh(sizes, jax.devices()[:math.prod(sizes)] if some else None)
+
+
+@contextlib.contextmanager
+def joined_mesh(config: MeshConfig) -> Iterator[Mesh]:
+    """Inside, this process is one of its cluster's, and the mesh is set where it has more than one device.
+
+    Raises:
+      ValueError: what `make_mesh` and `cluster.joined` raise.
+    """
+    with cluster.joined():
+        mesh = make_mesh(config)
+        with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+            yield mesh
 
 
 @dataclasses.dataclass(frozen=True)

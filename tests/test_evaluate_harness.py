@@ -30,6 +30,8 @@ from mfa_jax.evaluate.harness import HarnessModel
 from mfa_jax.generate import SamplingConfig
 from tests.contract import compiled, model_config
 
+ROOT = Path(__file__).resolve().parent.parent
+
 C = compiled(model_config("mfa", vocab_size=264))
 TOKENIZER = ByteTokenizer()
 
@@ -404,6 +406,35 @@ def test_a_run_is_evaluated_to_a_file(files: Path, tmp_path: Path, capsys: pytes
     assert "local_wikitext2" in capsys.readouterr().out and not list(tmp_path.glob("*.partial"))
     with pytest.raises(ValueError, match="must not exist yet"):
         EvaluateConfig(tasks="local_bbh", local_data="x", output=str(output))
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(files: Path, tmp_path: Path) -> None:
+    """Log-likelihoods, whole texts and written answers, to a rounding of sums; one of them writes."""
+    save_run(tmp_path / "run", C.config, C.params, TOKENIZER)
+    common = {"workdir": str(tmp_path / "run"), "local_data": str(files), "max_gen_toks": 8, "log_samples": True,
+              "tasks": "local_hellaswag,local_bbh,local_wikitext2"}
+    main(EvaluateConfig(**common, output=str(tmp_path / "one.json")))
+    flags = [part for name, value in common.items() for part in (
+        [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)])]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.launch", "--processes", "2", "--devices-per-process", "2", "--", "-m",
+         "experiments.evaluate", *flags, "--output", str(tmp_path / "two.json"), "--mesh.fsdp", "2", "--mesh.tensor",
+         "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert two["mfa_jax"]["mesh"]["tensor"] == 2
+    for task, samples in one["samples"].items():
+        for mine, theirs in zip(samples, two["samples"][task], strict=True):
+            if task == "local_bbh":
+                assert mine["resps"] == theirs["resps"]
+            else:
+                np.testing.assert_allclose(np.float64(np.array(mine["resps"])[..., 0].ravel()),
+                                           np.float64(np.array(theirs["resps"])[..., 0].ravel()), rtol=1e-4)
+    refused = subprocess.run(
+        [sys.executable, "-m", "experiments.launch", "--processes", "2", "--", "-m", "experiments.evaluate", *flags,
+         "--no-log-samples"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 2 and "mesh='one device': must be one of all 2 devices of the 2" in refused.stderr
 
 
 @pytest.mark.slow

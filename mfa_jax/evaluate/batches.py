@@ -34,15 +34,12 @@ def require_mesh() -> None:
     """Refuses what evaluation can't run on.
 
     Raises:
-      NotImplementedError: a mesh that splits the sequence; several processes.
+      NotImplementedError: a mesh that splits the sequence.
     """
     split = jax.sharding.get_abstract_mesh().shape.get("context", 1)
     if split > 1:
         raise NotImplementedError(f"mesh context={split}: evaluation does not split a sequence; use data, fsdp, expert "
                                   f"or tensor")
-    if jax.process_count() > 1:
-        raise NotImplementedError(f"{jax.process_count()} processes: evaluation runs in one; give each process its own "
-                                  f"tasks")
 
 
 def require_ids(ids: Sequence[int], vocab_size: int) -> None:

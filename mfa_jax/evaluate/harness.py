@@ -4,7 +4,7 @@
     lm_eval.simple_evaluate("mfa_jax", {"workdir": "runs/tiny"}, tasks=["hellaswag"])
 
 lm-eval (Gao et al., https://github.com/EleutherAI/lm-evaluation-harness) is an optional package. What it asks is
-answered by `scoring` and `completion`; on a mesh, under `jax.set_mesh`.
+answered by `scoring` and `completion`; on a mesh, under `jax.set_mesh`, in each process of a cluster the same.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class HarnessModel(TemplateLM):
         self, requests: list[_Pair], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
         pairs = [self._fitting(context, continuation) for _, context, continuation in requests]
-        with tqdm(total=len(pairs), desc="log-likelihoods", disable=disable_tqdm) as bar:
+        with tqdm(total=len(pairs), desc="log-likelihoods", disable=_quiet(disable_tqdm)) as bar:
             scores = loglikelihoods(self.model, self.params, pairs, batch_tokens=self.batch_tokens, on_done=bar.update)
         answers = [(score.logprob, score.greedy) for score in scores]
         for (texts, _context, _continuation), answer in zip(requests, answers, strict=True):
@@ -185,7 +185,7 @@ class HarnessModel(TemplateLM):
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-        with tqdm(total=len(requests), desc="generated", disable=disable_tqdm) as bar:
+        with tqdm(total=len(requests), desc="generated", disable=_quiet(disable_tqdm)) as bar:
             for how, members in groups.items():
                 sampling, until, most = self._generation(json.loads(how))
                 room = self.max_length - most
@@ -214,3 +214,8 @@ class HarnessModel(TemplateLM):
             given["temperature"] = 0.0
         limit = {"vocab_limit": self.tokens.vocab_size}
         return SamplingConfig(**given, **limit), [stop for stop in until if stop], most
+
+
+def _quiet(disable: bool) -> bool:
+    """Whether to draw no bar: one process does for all."""
+    return disable or jax.process_index() > 0

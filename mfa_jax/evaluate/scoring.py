@@ -130,4 +130,5 @@ def _score(
     tokens = constrain(tokens, "batch", "sequence")
     hidden, _ = model.apply({"params": params}, tokens, method="hidden")
     asked = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-    return token_scores(constrain(asked, "batch", None, None), unembedding(params, model.config), targets)
+    scores = token_scores(constrain(asked, "batch", None, None), unembedding(params, model.config), targets)
+    return jax.tree.map(lambda x: constrain(x, None, None), scores)  # of several processes each can read them
