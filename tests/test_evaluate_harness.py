@@ -175,7 +175,11 @@ def test_by_name_from_a_run(tmp_path: Path) -> None:
     spelled = HarnessModel.create_from_arg_string(f"workdir={tmp_path / 'run'},max_length=64")
     assert spelled.max_length == 64 and spelled.tokenizer_name == harness.tokenizer_name
     mine, its = (h.loglikelihood([ask("a", "b")], disable_tqdm=True) for h in (adapter(), harness))
-    assert mine == its and harness.max_length == 64
+    assert mine == its and harness.max_length == 64 and not harness.add_bos_token
+    save_run(tmp_path / "begun", C.config, C.params, TOKENIZER, add_bos_token=True)
+    begun = {"workdir": str(tmp_path / "begun")}
+    assert HarnessModel.create_from_arg_obj(begun).add_bos_token
+    assert not HarnessModel.create_from_arg_obj({**begun, "add_bos_token": False}).add_bos_token
     with pytest.raises(ValueError, match="batch_size=4: does not apply"):
         HarnessModel.create_from_arg_obj({"workdir": "x"}, {"batch_size": 4})
     with pytest.raises(ValueError, match="must hold workdir"):

@@ -78,7 +78,7 @@ class HarnessModel(TemplateLM):
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> HarnessModel:
         """From `workdir`, optionally `step` and `ema`, and the options above; lm-eval's `device` and batch sizes do not
-        apply.
+        apply. Contexts begin with the begin token where the run's rows did, unless an option says otherwise.
 
         Raises:
           ValueError: no workdir, or an option that is none of these.
@@ -93,6 +93,7 @@ class HarnessModel(TemplateLM):
         unknown = sorted(set(options) - set(accepted))
         require(not unknown, "model_args", unknown, f"must be among {', '.join(accepted)}")
         trained = load_trained(options.pop("workdir"), step=options.pop("step", None), ema=options.pop("ema", False))
+        options.setdefault("add_bos_token", trained.config.data.add_bos_token)
         return cls(trained.model, trained.params, trained.tokenizer, **options)
 
     @classmethod
