@@ -209,7 +209,8 @@ def test_a_run_goes_on_with_its_own_data_alone(
 
 
 def test_rows_begin_with_the_tokenizers_begin_token_or_the_run_is_refused(
-        corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+        corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+        caplog: pytest.LogCaptureFixture) -> None:
     config = config_for(tmp_path / "run", corpus, steps=2, eval_every=2)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, add_bos_token=True))
     first = []
@@ -217,6 +218,8 @@ def test_rows_begin_with_the_tokenizers_begin_token_or_the_run_is_refused(
     monkeypatch.setattr(Batches, "__next__", lambda self: first.append(batch := read(self)) or batch)
     train_on_one(config)
     assert first and all((batch["inputs"][:, 0] == ByteTokenizer.bos_id).all() for batch in first)
+    train_on_one(dataclasses.replace(config, steps=3, data=dataclasses.replace(config.data, add_bos_token=False)))
+    assert "data.add_bos_token=False from here on, where the run so far had True" in caplog.text
     monkeypatch.setattr(ByteTokenizer, "bos_id", None)
     other = dataclasses.replace(config, workdir=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="data.add_bos_token=True: the tokenizer 'bytes' has no begin token"):

@@ -46,6 +46,7 @@ def require_startable(config: TrainConfig, checkpoints: Checkpoints, *, has_teac
                 f"the run in {config.workdir} is at step {found[0]} already")
         _require_same_task(saved, config)
         _tell_rate(saved, config, found[0])
+        _tell_rows(saved, config)
     elif config.initial is not None:
         _, theirs_config = run.load_config(config.initial)
         run.require_same_model(theirs_config.model, config.model, config.initial, field="initial")
@@ -83,6 +84,14 @@ def _tell_rate(saved: TrainConfig, config: TrainConfig, step: int) -> None:
         log.warning("the learning rate goes on with %.3g from step %d, where the run's own schedule has %.3g; to keep "
                     "to that give --optimizer.schedule-steps %d", now, step, before,
                     saved.optimizer.schedule_steps or saved.steps)
+
+
+def _tell_rows(saved: TrainConfig, config: TrainConfig) -> None:
+    """Warns where rows of the same text become others."""
+    for name in ("separate_documents", "add_bos_token"):
+        before, now = getattr(saved.data, name), getattr(config.data, name)
+        if before != now:
+            log.warning("data.%s=%s from here on, where the run so far had %s", name, now, before)
 
 
 def _place(path: str | None) -> str | None:
