@@ -10,7 +10,8 @@ and the result is `o / l`, its log-sum-exp `m + log l`. Only these two are kept.
 
 Scores stand transposed here, keys by queries `[s, M]` where `M` runs over the `G` heads of a key head and the `t`
 queries of a block: so each large operand of a product already lies as the product reads it, and sums over the heads
-that share a key are part of the product.
+that share a key are part of the product. Between the products they are `[s, G, t]`: who sees whom does not depend on
+the head, and to find the query of one of `M` XLA's CPU compiler would divide, and take exponentials one by one.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def _attention(
 
 def _forward(plan: _Plan, q: Any, k: Any, v: Any, tokens: _Tokens) -> tuple[Array, tuple[Any, ...]]:
     B, _, K, G, _ = q.shape
-    M, h = G * plan.query_block, v.shape[-1]
+    t, h = plan.query_block, v.shape[-1]
 
     def query_block(i: Array) -> tuple[Array, Array]:
         q_i = _queries(plan, q, i).swapaxes(2, 3)
@@ -110,13 +111,13 @@ def _forward(plan: _Plan, q: Any, k: Any, v: Any, tokens: _Tokens) -> tuple[Arra
             new_top = jnp.maximum(top, scores.max(axis=2))
             kept = jnp.exp(top - new_top)
             p = jnp.exp(scores - new_top[:, :, None])
-            product = jnp.einsum("BKsh,BKsM->BKhM", v_j, p.astype(v.dtype), preferred_element_type=jnp.float32)
-            return new_top, total * kept + p.sum(axis=2), out * kept[:, :, None] + product
+            product = jnp.einsum("BKsh,BKsM->BKhM", v_j, _flat(p.astype(v.dtype)), preferred_element_type=jnp.float32)
+            return new_top, total * kept + p.sum(axis=2), out * kept[:, :, None] + product.reshape(out.shape)
 
-        start = (jnp.full((B, K, M), _FLOOR), jnp.zeros((B, K, M)), jnp.zeros((B, K, h, M)))
+        start = (jnp.full((B, K, G, t), _FLOOR), jnp.zeros((B, K, G, t)), jnp.zeros((B, K, h, G, t)))
         top, total, out = lax.fori_loop(0, _num_key_blocks(plan, tokens, i), key_step, start)
         total = jnp.where(total == 0, 1.0, total)  # Only queries that pad the last block see no key at all.
-        out = (out / total[:, :, None]).reshape(B, K, h, G, -1).transpose(0, 4, 1, 3, 2)
+        out = (out / total[:, :, None]).transpose(0, 4, 1, 3, 2)
         return out.astype(q.dtype), top + jnp.log(total)
 
     out, lse = lax.map(query_block, jnp.arange(q.shape[1] // plan.query_block))
@@ -132,7 +133,7 @@ def _backward(plan: _Plan, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, .
     def query_block(sums: tuple[Array, Array], block: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         i, lse_i = block
         q_i, d_out_i, out_i = (_queries(plan, x, i) for x in (q, d_out, out))
-        delta = jnp.einsum("BKMh,BKMh->BKM", d_out_i, out_i, preferred_element_type=jnp.float32)[:, :, None]
+        delta = jnp.einsum("BKMh,BKMh->BKM", d_out_i, out_i, preferred_element_type=jnp.float32).reshape(lse_i.shape)
         q_columns, d_out_columns = q_i.swapaxes(2, 3), d_out_i.swapaxes(2, 3)
 
         def key_step(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -140,8 +141,8 @@ def _backward(plan: _Plan, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, .
             k_j, v_j = _keys(plan, k, tokens, j), _keys(plan, v, tokens, j)
             p = jnp.exp(_scores(plan, q_columns, k_j, tokens, i, j) - lse_i[:, :, None])
             dp = jnp.einsum("BKsh,BKhM->BKsM", v_j, d_out_columns, preferred_element_type=jnp.float32)
-            ds = (plan.scale * p * (dp - delta)).astype(k.dtype)
-            dv = _add(dv, j, plan, jnp.einsum("BKsM,BKMh->BKsh", p.astype(d_out.dtype), d_out_i,
+            ds = _flat((plan.scale * p * (dp.reshape(p.shape) - delta[:, :, None])).astype(k.dtype))
+            dv = _add(dv, j, plan, jnp.einsum("BKsM,BKMh->BKsh", _flat(p.astype(d_out.dtype)), d_out_i,
                                               preferred_element_type=jnp.float32))
             dk = _add(dk, j, plan, jnp.einsum("BKsM,BKMH->BKsH", ds, q_i, preferred_element_type=jnp.float32))
             dq = dq + jnp.einsum("BKsH,BKsM->BKHM", k_j, ds, preferred_element_type=jnp.float32)
@@ -158,6 +159,10 @@ def _backward(plan: _Plan, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, .
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _flat(x: Float[Array, "B K s G t"]) -> Float[Array, "B K s M"]:
+    return x.reshape(*x.shape[:3], -1)
 
 
 def _queries(plan: _Plan, x: Float[Array, "B T K G H"], i: Array) -> Float[Array, "B K M H"]:
@@ -177,7 +182,7 @@ def _keys(plan: _Plan, x: Float[Array, "B K S H"], tokens: _Tokens, j: Array) ->
 
 def _scores(
     plan: _Plan, q_i: Float[Array, "B K H M"], k_j: Float[Array, "B K s H"], tokens: _Tokens, i: Array, j: Array
-) -> Float[Array, "B K s M"]:
+) -> Float[Array, "B K s G t"]:
     """Scaled, biased scores of block `j` of keys under block `i` of queries, `_HIDDEN` where a key is not seen."""
     scores = plan.scale * jnp.einsum("BKsH,BKHM->BKsM", k_j, q_i, preferred_element_type=jnp.float32)
     B, K, s, M = scores.shape
@@ -193,7 +198,7 @@ def _scores(
         query_ids = lax.dynamic_slice_in_dim(tokens.query_segments, i * t, t, axis=1)
         key_ids = lax.dynamic_slice_in_dim(tokens.key_segments, j * s, s, axis=1)
         seen &= key_ids[:, :, None] == query_ids[:, None, :]
-    return jnp.where(seen[:, None, :, None, :], scores, _HIDDEN).reshape(B, K, s, M)
+    return jnp.where(seen[:, None, :, None, :], scores, _HIDDEN)
 
 
 def _num_key_blocks(plan: _Plan, tokens: _Tokens, i: Array) -> Array:
