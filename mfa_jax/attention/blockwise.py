@@ -118,7 +118,7 @@ def _forward(plan: _Plan, q: Any, k: Any, v: Any, tokens: _Tokens) -> tuple[Arra
         top, total, out = lax.fori_loop(0, _num_key_blocks(plan, tokens, i), key_step, start)
         total = jnp.where(total == 0, 1.0, total)  # Only queries that pad the last block see no key at all.
         out = (out / total[:, :, None]).transpose(0, 4, 1, 3, 2)
-        return out.astype(q.dtype), top + jnp.log(total)
+        return out.astype(q.dtype), _flat(top + jnp.log(total))
 
     out, lse = lax.map(query_block, jnp.arange(q.shape[1] // plan.query_block))
     # What has a name is kept by a layer that recomputes what is cheap: without it, it would keep parts of the loop.
@@ -131,7 +131,7 @@ def _backward(plan: _Plan, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, .
     B, _, K, G, H = q.shape
 
     def query_block(sums: tuple[Array, Array], block: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        i, lse_i = block
+        i, lse_i = block[0], block[1].reshape(B, K, G, -1)
         q_i, d_out_i, out_i = (_queries(plan, x, i) for x in (q, d_out, out))
         delta = jnp.einsum("BKMh,BKMh->BKM", d_out_i, out_i, preferred_element_type=jnp.float32).reshape(lse_i.shape)
         q_columns, d_out_columns = q_i.swapaxes(2, 3), d_out_i.swapaxes(2, 3)
@@ -161,8 +161,8 @@ def _backward(plan: _Plan, saved: tuple[Any, ...], d_out: Array) -> tuple[Any, .
 _attention.defvjp(_forward, _backward)
 
 
-def _flat(x: Float[Array, "B K s G t"]) -> Float[Array, "B K s M"]:
-    return x.reshape(*x.shape[:3], -1)
+def _flat(x: Float[Array, "*rest G t"]) -> Float[Array, "*rest M"]:
+    return x.reshape(*x.shape[:-2], -1)
 
 
 def _queries(plan: _Plan, x: Float[Array, "B T K G H"], i: Array) -> Float[Array, "B K M H"]:
