@@ -188,7 +188,7 @@ def _check(peer: Peer, calls: dict[str, Callable[[], np.ndarray]]) -> dict[str, 
 def to_table(record: dict[str, Any]) -> Table:
     """A row a side; the compile time of an eager peer is its lazy set-up."""
     table = Table(title="Greedy decoding, medians", title_justify="left")
-    for heading in ("", "tokens/s", "first token [ms]", "compile [s]", "parameters", "cache bytes/token"):
+    for heading in ("", "tokens/s", "first token (ms)", "compile (s)", "parameters", "cache bytes/token"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, side in record["sides"].items():
         table.add_row(name, f"{side['tokens_per_s']:.0f}", f"{1e3 * side['time_to_first_token_s']:.0f}",

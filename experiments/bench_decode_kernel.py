@@ -210,7 +210,7 @@ def device_speed(scale: Scale, copy: Copy, dtype: str) -> dict[str, Any]:
 def to_table(record: dict[str, Any]) -> Table:
     """A row a point and side, with the times of those that were measured and the reasons of those that failed."""
     table = Table(title=f"Decode attention on {record['machine']['device']}, medians", title_justify="left")
-    for heading in ("point", "side", "time [us]", "GB/s", "of the copy", "tokens/s"):
+    for heading in ("point", "side", "time (us)", "GB/s", "of the copy", "tokens/s"):
         table.add_column(heading, justify="left" if heading in ("point", "side") else "right")
     for point in record["points"]:
         for name, side in point["sides"].items():

@@ -140,7 +140,7 @@ def _side(config: BenchTrainConfig, timing: Timing) -> dict[str, Any]:
 def to_table(record: dict[str, Any]) -> Table:
     """A row a side; the compile time of an eager peer is its lazy set-up."""
     table = Table(title="Training, medians", title_justify="left")
-    for heading in ("", "tokens/s", "step [ms]", "compile [s]"):
+    for heading in ("", "tokens/s", "step (ms)", "compile (s)"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, side in record["sides"].items():
         table.add_row(name, f"{side['tokens_per_s']:.0f}", f"{1e3 * side['step']['median_s']:.0f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
-from experiments import bench_decode, bench_train, benchmark
+from experiments import bench_attention, bench_decode, bench_train, benchmark
+from experiments.bench_attention import BenchAttentionConfig
 from experiments.bench_decode import BenchDecodeConfig
 from experiments.bench_train import BenchTrainConfig
 from mfa_jax import capacity
+from mfa_jax.attention import gqa, mfa, mfa_kr, mla
 from mfa_jax.config import GQAConfig, MFAConfig, ModelConfig, PositionConfig
 from mfa_jax.model.transformer import Transformer
+from mfa_jax.presets import model_preset
 
 TINY = ModelConfig(vocab_size=61, num_layers=2, model_dim=64, ffn_dim=96, position=PositionConfig(base=10000.0),
                    attention=GQAConfig(num_heads=4, num_kv_heads=2, head_dim=8))
@@ -86,6 +91,52 @@ def test_our_step_trains_and_leaves_the_given_parameters_alone() -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params)), "the peer's weights are copied, not donated"
 
 
+def test_attention_is_timed_beside_the_peer() -> None:
+    config = BenchAttentionConfig(scale="tiny", variants="mla,mfa", lengths="16,32", tokens=64, repeats=2)
+    record = bench_attention.measure(config)
+    points = record["points"]
+    assert [(point["variant"], point["length"], point["rows"]) for point in points] == [
+        ("mla", 16, 4), ("mla", 32, 2), ("mfa", 16, 4), ("mfa", 32, 2)]
+    for point in points:
+        assert point["auto"] == "dense" and {"dense", "blockwise"} <= set(point["ratio"])
+        assert point["ratio"]["dense"] == pytest.approx(
+            point["time"]["dense"]["median_s"] / point["time"]["jax.nn"]["median_s"])
+    assert json.loads(json.dumps(record))["config"]["scale"] == "tiny"
+    table = bench_attention.to_table(record)
+    assert table.row_count == 4
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    assert "jax.nn (ms)" in console.export_text(), "units in square brackets would be taken for markup"
+
+
+@pytest.mark.parametrize("name", ["gqa", "mla", "mfa", "mfa-kr"])
+def test_attention_is_timed_at_the_shapes_that_training_gives(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = model_preset(f"tiny-{name}"), []
+
+    def recorded(q: jax.Array, k: jax.Array, v: jax.Array, **_: Any) -> jax.Array:
+        given.append((q.shape, k.shape, v.shape))
+        return jnp.zeros((*q.shape[:-1], v.shape[-1]), q.dtype)
+
+    for module in (gqa, mla, mfa, mfa_kr):
+        monkeypatch.setattr(module, "attend", recorded)
+    params = bench_decode.initial(model, 0)
+    given.clear()
+    tokens = jnp.zeros((3, 16), jnp.int32)
+    jax.eval_shape(lambda x: Transformer(model).apply({"params": params}, x)[0], tokens)
+    shape = bench_attention.shape_of(f"tiny-{name}")
+    (q, k, v), = set(given)
+    heads = (1,) if len(k) == 3 else ()
+    assert q == (3, 16, shape.N, shape.H)
+    assert (k[0], *heads, *k[1:]) == (3, shape.K, 16, shape.H)
+    assert (v[0], *heads, *v[1:]) == (3, shape.K, 16, shape.h)
+
+
+def test_attention_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_attention, "_peer", lambda q, k, v, scale: 1.01 * jnp.repeat(v, 10, 1).swapaxes(1, 2))
+    with pytest.raises(ValueError, match=r"jax\.nn\.error=.*computes something else"):
+        bench_attention.measure(BenchAttentionConfig(scale="tiny", variants="mfa", lengths="16", tokens=16, repeats=1))
+
+
 def test_decoding_equals_the_peer(transformers: Any) -> None:
     record = bench_decode.measure(dataclasses.replace(DECODE, peer=True))
     assert record["check"]["logit_difference"] < 1e-5
@@ -128,6 +179,9 @@ def test_a_missing_peer_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> N
     (lambda: BenchDecodeConfig(new_tokens=1), "new_tokens=1"),
     (lambda: BenchDecodeConfig(repeats=0), "repeats=0"),
     (lambda: BenchTrainConfig(sequence_length=1), "sequence_length=1"),
+    (lambda: BenchAttentionConfig(lengths="64,many"), "lengths='64,many'"),
+    (lambda: BenchAttentionConfig(lengths="4096"), "lengths='4096'"),
+    (lambda: bench_attention.measure(BenchAttentionConfig(variants="nonsense")), "preset='nano-nonsense'"),
     (lambda: benchmark.use_threads(0), "threads=0"),
     (lambda: benchmark.use_threads(10**6), "threads=1000000"),
     (lambda: benchmark.make_peer(dataclasses.replace(TINY, attention=MFAConfig()), 1, 0), "model.attention.kind"),
