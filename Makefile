@@ -40,7 +40,7 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/python -m mypy
 
-aot-tpu: $(VENV)/.libtpu
+aot-tpu: $(VENV)/.base $(VENV)/.libtpu
 	$(BIN)/python -m experiments.aot_tpu
 
 aot-gpu: $(VENV)/.base $(VENV)/.cuda

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json as json_format
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmark import machine, take_turns, use_threads
+from experiments.benchmark import machine, show, take_turns, use_threads
 from experiments.cli import parse, run
 from mfa_jax.attention.core import attend, dense_attention, resolve
 from mfa_jax.config import DType, GQAConfig, MLAConfig, require, to_dict
@@ -206,11 +204,7 @@ def main() -> None:
     config = parse(BenchAttentionConfig)
     if config.threads:
         use_threads(config.threads)
-    record = measure(config)
-    if config.json:
-        print(json_format.dumps(record, indent=2))
-    else:
-        Console().print(to_table(record))
+    show(measure(config), to_table, as_json=config.json)
 
 
 if __name__ == "__main__":

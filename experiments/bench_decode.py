@@ -10,7 +10,6 @@ Both decode greedily through their caches, never stop early, in float32 on the s
 from __future__ import annotations
 
 import dataclasses
-import json as json_format
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmark import MODEL, Peer, Timing, machine, make_peer, random_tokens, take_turns, use_threads
+from experiments.benchmark import MODEL, Peer, Timing, machine, make_peer, random_tokens, show, take_turns, use_threads
 from experiments.cli import parse, run
 from mfa_jax import capacity
 from mfa_jax.config import GQAConfig, ModelConfig, require, to_dict
@@ -208,11 +206,7 @@ def to_table(record: dict[str, Any]) -> Table:
 def main() -> None:
     config = parse(BenchDecodeConfig)
     use_threads(config.threads)
-    record = measure(config)
-    if config.json:
-        print(json_format.dumps(record, indent=2))
-    else:
-        Console().print(to_table(record))
+    show(measure(config), to_table, as_json=config.json)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ TINY = Scale(batches=(2, 1), lengths=(128, 64, None), copy_bytes=2**20, matmul=1
 
 @dataclasses.dataclass(frozen=True)
 class BenchDecodeKernelConfig:
-    """Time and bandwidth of the decode kernels beside peers and a copy of the device; see the module's page."""
+    """Time and bandwidth of the decode kernels beside peers and a copy of the device."""
 
     output: str
     """JSON file; written after every point."""

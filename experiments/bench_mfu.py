@@ -81,7 +81,7 @@ def pairs(tiny: bool) -> dict[str, Pair]:
 
 @dataclasses.dataclass(frozen=True)
 class BenchMfuConfig:
-    """MFU, tokens a second and memory of training; see the module's page."""
+    """MFU, tokens a second and memory of training, of MFA beside MHA with as many parameters, taking turns on a GPU."""
 
     output: str
     """JSON file; it is written as it grows."""

@@ -9,17 +9,15 @@ with its state donated, the peer's is eager with fused AdamW (no `torch.compile`
 from __future__ import annotations
 
 import dataclasses
-import json as json_format
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmark import MODEL, Peer, Timing, machine, make_peer, random_tokens, take_turns, use_threads
+from experiments.benchmark import MODEL, Peer, Timing, machine, make_peer, random_tokens, show, take_turns, use_threads
 from experiments.cli import parse, run
 from mfa_jax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, require, to_dict
 from mfa_jax.model.transformer import Transformer
@@ -153,11 +151,7 @@ def to_table(record: dict[str, Any]) -> Table:
 def main() -> None:
     config = parse(BenchTrainConfig)
     use_threads(config.threads)
-    record = measure(config)
-    if config.json:
-        print(json_format.dumps(record, indent=2))
-    else:
-        Console().print(to_table(record))
+    show(measure(config), to_table, as_json=config.json)
 
 
 if __name__ == "__main__":

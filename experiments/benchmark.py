@@ -21,6 +21,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from mfa_jax.config import GQAConfig, ModelConfig, PositionConfig, require
 from mfa_jax.convert import load_pretrained
@@ -180,6 +182,14 @@ def machine(threads: int) -> dict[str, Any]:
             versions[package] = None
     return {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": threads, "platform": jax.default_backend(),
             "python": platform.python_version(), "versions": versions, "load_before": os.getloadavg()}
+
+
+def show(record: dict[str, Any], to_table: Callable[[dict[str, Any]], Table], *, as_json: bool) -> None:
+    """The record on the terminal, as one JSON object or as a table."""
+    if as_json:
+        print(json.dumps(record, indent=2))
+    else:
+        Console().print(to_table(record))
 
 
 def write(path: str | Path, record: dict[str, Any]) -> None:

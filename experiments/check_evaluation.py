@@ -123,7 +123,8 @@ def main(config: CheckEvaluationConfig) -> None:
     peer = HFLM(config.hf, dtype=config.peer_dtype, device="cpu", batch_size=config.peer_batch_size,
                 max_length=config.max_length, add_bos_token=config.add_bos_token)
     record: dict[str, Any] = {
-        **dataclasses.asdict(config), "machine": platform.processor() or platform.machine(),
+        **{name: value for name, value in dataclasses.asdict(config).items() if name != "local_data"},
+        "machine": platform.processor() or platform.machine(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers", "lm_eval")},
         "results": {}}
     for task in config.of(config.tasks).task_names:

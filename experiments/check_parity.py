@@ -36,9 +36,11 @@ class CheckParityConfig:
     """Two models, and the tokens they are compared on."""
 
     left: str
-    """A model (see above), of which the divergence is taken; not a golden file."""
+    """A model: a Hugging Face folder or a .gguf file, the folder of a run, or transformers:DIR for the peer in PyTorch.
+    The divergence is taken of its predictions."""
     right: str
-    """A model or a golden file."""
+    """Another, or a golden .npz file: ids [T] and logits [T, V], or what there is of them (logits_first8, logits_last,
+    and nll [T - 1], the loss of each token but the first)."""
     text: str | None = None
     """A text file; none takes the ids of a golden file."""
     tokenizer: str | None = None

@@ -74,7 +74,7 @@ class Continuation:
 def ours(config: CheckServingConfig, opened: Opened, prompts: tuple[str, ...]) -> list[Continuation]:
     """Greedy continuations through the cache, up to the end of the text. Raises: ValueError: as `generate`."""
     tokenizer = opened.tokenizer
-    tokens, lengths = encode_prompts(tokenizer, prompts)
+    tokens, lengths = encode_prompts(tokenizer, prompts, add_bos_token=opened.add_bos_token)
     greedy = SamplingConfig(temperature=0.0, vocab_limit=tokenizer.vocab_size)
     found = jax.device_get(generate(opened.model, opened.params, tokens, lengths, greedy, jax.random.key(0),
                                     max_new_tokens=config.max_new_tokens, stop_tokens=tokenizer.stop_ids))
@@ -163,7 +163,8 @@ def compare(mine: Continuation, other: Continuation, tolerance: float) -> dict[s
 def main(config: CheckServingConfig) -> None:
     prompts = config.prompt or PROMPTS
     opened = config.open()
-    ids = [opened.tokenizer.encode(prompt).tolist() for prompt in prompts]
+    tokens, lengths = encode_prompts(opened.tokenizer, prompts, add_bos_token=opened.add_bos_token)
+    ids = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
     answered = theirs(config, prompts, ids)
     mine = ours(config, opened, prompts)
     rows = [{"prompt": prompt, "ours": a.text, "theirs": b.text, **compare(a, b, config.tolerance)}

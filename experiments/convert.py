@@ -69,7 +69,9 @@ class ConvertConfig:
     to: Literal["mfa", "mfa_kr", "gqa"] = "mfa_kr"
     """The attention that it becomes."""
     method: Literal["commuting", "key_pca", "mean_pool"] = "commuting"
-    """How the cache is made smaller; key_pca makes mfa only, mean_pool makes gqa only and needs no calibration."""
+    """How the cache is made smaller. commuting: what queries and outputs use of keys and values on the calibration
+    text is kept, in maps that commute with rope, and the projections are fitted anew; key_pca: real rotations of keys
+    and PCA of values, makes mfa only; mean_pool: averaged key heads, makes gqa only and needs no calibration."""
     cache_ratio: float = 1.0
     """The original's cached elements a token over the new ones; 1 is exact."""
     calibration: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -176,10 +178,8 @@ def calibration_rows(config: ConvertConfig, tokenizer: Tokenizer, rows: int) -> 
     """`[rows, context]` tokens, the files in turn, each from its beginning.
 
     Raises:
-      ValueError: a file that is too short; no begin token where one is asked for.
+      ValueError: a file that is too short.
     """
-    require(not config.add_bos_token or tokenizer.bos_id is not None, "add_bos_token", True,
-            "the tokenizer has no begin token")
     begin = [tokenizer.bos_id] if config.add_bos_token else []
     per_file, length = -(-rows // len(config.calibration)), config.context - len(begin)
     found = []
@@ -252,6 +252,8 @@ def main(config: ConvertConfig) -> None:
     start = time.monotonic()
     require_free(Path(config.out))
     tokenizer = pretrained_tokenizer(config.source, config.tokenizer)
+    require(not config.add_bos_token or tokenizer.bos_id is not None, "add_bos_token", True,
+            "the tokenizer has no begin token")
     require_convertible(config, pretrained_config(config.source))
     # Not on an accelerator: the whole model is there twice over, and only layers are computed with.
     mesh = axes.make_mesh((1,) * len(axes.MESH_AXES), [host()])

@@ -2,7 +2,7 @@
 
     python -m experiments.decode --workdir runs/tiny --prompt "def " --max-new-tokens 64 --temperature 0
 
-Several prompts are decoded as one batch. With one prompt the text is written as it comes. `--mesh.tensor 4` and the
+Several prompts are decoded as one batch. With one prompt the text is written as it comes. `--mesh.tensor 2` and the
 like decode on more devices than the first. On several hosts the same command runs on each, with a mesh of all their
 devices, as with `experiments.train`; process 0 reads the terminal and writes the text.
 """

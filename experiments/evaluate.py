@@ -24,6 +24,7 @@ import importlib.util
 import json
 import logging
 import os
+import random
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments import cli
 from experiments.opening import ONE_DEVICE, DecodingConfig, Opened, decode_kernel, joined_mesh
@@ -177,6 +179,7 @@ def load_tasks(config: EvaluateConfig) -> tuple[Any, list[Any]]:
         for name in config.task_names:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3) or sorted(ours)
             require(name in manager.all_tasks, "tasks", name, f"there is no such task; such as {', '.join(close)}")
+        _seed()
         try:
             loaded = manager.load(config.task_names)
         except (OSError, ImportError) as error:  # no network, or a package that these tasks need
@@ -219,13 +222,33 @@ def main(config: EvaluateConfig) -> None:
     with joined_mesh(config.mesh) as mesh:
         # Tasks first: what is missing is told before a large model is read.
         manager, tasks = load_tasks(config)
-        if jax.process_count() > 1:  # all of them run the same programs, one after the other
-            processes.require_same("tasks", json.dumps([[task.config.task, _digest(task)] for task in tasks]))
+        if jax.process_count() > 1:
+            _require_same(config, tasks)
         opened = config.open(mesh)
         found = evaluate(config, opened, manager, tasks, config.log_samples)
         if jax.process_index() == 0:
             write(found, config.output)
             print(json.dumps(found["mfa_jax"]), file=sys.stderr)
+
+
+def _seed() -> None:
+    """Before tasks are made: some (RULER's, those that mix the order of answers) draw from the global generators, which
+    lm-eval seeds so, but only when it loads tasks itself."""
+    random.seed(0)
+    np.random.seed(1234)
+
+
+def _require_same(config: EvaluateConfig, tasks: list[Any]) -> None:
+    """Refuses processes of other settings or other items: all of them run the same programs, one after the other."""
+    from lm_eval.api.group import Group
+
+    # Where things lie may differ from host to host.
+    settings = {name: value for name, value in dataclasses.asdict(config).items()
+                if name not in ("hf", "local_data", "output", "workdir")}
+    processes.require_same("settings", json.dumps(settings))
+    _seed()
+    single = [leaf for task in tasks for leaf in (task.get_all_tasks() if isinstance(task, Group) else [task])]
+    processes.require_same("tasks", json.dumps([[task.config.task, _digest(task)] for task in single]))
 
 
 def _digest(task: Any) -> str:

@@ -40,7 +40,8 @@ class ExportConfig:
 def main(config: ExportConfig) -> None:
     trained = load_trained(config.workdir, step=config.step, ema=config.ema)
     save_pretrained(config.out, trained.model.config, trained.params, context_length=config.context_length,
-                    tokenizer=trained.tokenizer, model_type=config.model_type, dtype=config.dtype)
+                    tokenizer=trained.tokenizer, add_bos_token=trained.config.data.add_bos_token,
+                    model_type=config.model_type, dtype=config.dtype)
     print(f"step {trained.step} of {config.workdir}: written to {config.out}")
 
 

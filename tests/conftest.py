@@ -20,6 +20,10 @@ from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+ROOT = Path(__file__).resolve().parent.parent
+# Real checkpoints and text may lie beside the repository.
+os.environ.setdefault("MFA_JAX_DATA", str(ROOT.parent / "shared" / "data"))
+
 # Every function of the package checks its shape annotations, also in modules that tests import later.
 install_import_hook("mfa_jax", "shapecheck.typechecked")
 
@@ -27,13 +31,11 @@ install_import_hook("mfa_jax", "shapecheck.typechecked")
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of external data (real checkpoints, text); tests that need it are skipped without it."""
-    path = Path(os.environ.get("MFA_JAX_DATA", ROOT.parent / "shared" / "data"))
+    path = Path(os.environ["MFA_JAX_DATA"])
     if not path.is_dir():
         pytest.skip(f"no external data at {path}; MFA_JAX_DATA names the folder")
     return path

@@ -8,6 +8,7 @@ import http.server
 import json
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,13 +26,13 @@ NEW = 6
 Change = Callable[[dict[str, Any]], Any]
 
 
-def engine(c: Any, change: Change) -> type[http.server.BaseHTTPRequestHandler]:
-    """Completions of the model without a cache, `change`d before they are told."""
+def engine(c: Any, change: Change, begin: list[int]) -> type[http.server.BaseHTTPRequestHandler]:
+    """Completions of the model without a cache, `change`d before they are told; text is put behind `begin`."""
     tokenizer = ByteTokenizer()
 
     def complete(body: dict[str, Any]) -> dict[str, Any]:
         prompt = body["prompt"]
-        ids = tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else list(prompt)
+        ids = [*begin, *tokenizer.encode(prompt).tolist()] if isinstance(prompt, str) else list(prompt)
         start, logprobs = len(ids), []
         for _ in range(body["max_tokens"]):
             row = np.zeros((1, 32), np.int32)
@@ -67,8 +68,8 @@ def engine(c: Any, change: Change) -> type[http.server.BaseHTTPRequestHandler]:
 
 
 @contextlib.contextmanager
-def serving(c: Any, change: Change = lambda answer: answer) -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), engine(c, change)) as server:
+def serving(c: Any, change: Change = lambda answer: answer, begin: tuple[int, ...] = ()) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), engine(c, change, list(begin))) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -99,6 +100,19 @@ def test_an_engine_that_serves_the_model(
             assert row["prompt_tokens"] == [len(row["prompt"])] * 2 and 0 <= row["largest_difference"] <= 1e-4
         with pytest.raises(ValueError, match="answered 404 no model other"):
             main(dataclasses.replace(config, url=url, served_model="other"))
+
+
+def test_a_run_with_a_begin_token_is_asked_behind_it(
+    served: tuple[Any, CheckServingConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    c, config = served
+    save_run(tmp_path / "run", c.config, c.params, ByteTokenizer(), add_bos_token=True)
+    with serving(c, begin=(ByteTokenizer.bos_id,)) as url:
+        main(dataclasses.replace(config, url=url, workdir=str(tmp_path / "run")))
+    for row in json.loads(capsys.readouterr().out)["prompts"]:
+        assert row["same_text"] and row["prompt_tokens"] == [1 + len(row["prompt"])] * 2
+    with serving(c) as url, pytest.raises(ParityError, match="disagrees in prompt_tokens"):
+        main(dataclasses.replace(config, url=url, workdir=str(tmp_path / "run")))
 
 
 def _other_logprobs(answer: dict[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import convert as convert_script
 from experiments.convert import ConvertConfig, calibration_rows, main, require_convertible, width_of
 from mfa_jax.config import ModelConfig, PositionConfig
-from mfa_jax.convert import load_pretrained, pretrained_tokenizer
+from mfa_jax.convert import load_pretrained, pretrained_tokenizer, save_pretrained
 from mfa_jax.convert.directions import Keys, Moments, rank_keys, with_values
 from mfa_jax.convert.reduce import reduce_gqa
 from mfa_jax.data import ByteTokenizer
@@ -161,6 +162,17 @@ def test_rows_of_text_take_the_files_in_turn(tmp_path: Path) -> None:
     np.testing.assert_array_equal(begun[:, 1:], rows[:, :7])
     with pytest.raises(ValueError, match="context=9: must be left out: method='commuting' at cache_ratio=1"):
         ConvertConfig("x", "y", context=9)
+
+
+def test_a_begin_token_that_the_tokenizer_lacks_is_told_before_weights_are_read(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gqa = compiled(model_config("gqa", vocab_size=264))
+    save_pretrained(tmp_path / "from", gqa.config, gqa.params, context_length=64, tokenizer=ByteTokenizer())
+    monkeypatch.setattr(ByteTokenizer, "bos_id", None)
+    monkeypatch.setattr(convert_script, "load_pretrained", lambda *_, **__: pytest.fail("reads the weights first"))
+    with pytest.raises(ValueError, match="add_bos_token=True: the tokenizer has no begin token"):
+        main(ConvertConfig(str(tmp_path / "from"), str(tmp_path / "out"), add_bos_token=True))
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_converted_is_told_before_it_is_read(data_dir: Path, tmp_path: Path) -> None:

@@ -107,6 +107,20 @@ def test_tokenizers_come_along(tmp_path: Path) -> None:
     assert vars(load_tokenizer(tmp_path / "bpe"))["chat_template"] == "{{ messages }}"
     assert load_tokenizer(tmp_path / "bpe").fingerprint == load_tokenizer(named).fingerprint
 
+    # Behind the begin token where the model was trained so, and not twice where the tokenizer says so already.
+    read = load_tokenizer(named)
+    for i, (tokenizer, template) in enumerate([(ByteTokenizer(), False), (read, False), (read, True)]):
+        out = tmp_path / f"begun{i}"
+        if template:
+            tokenizer = load_tokenizer(tmp_path / "begun1")
+        save_pretrained(out, c.config, c.params, context_length=64, tokenizer=tokenizer, add_bos_token=True)
+        begun = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+        assert begun.encode("naïve").ids == [257, *"naïve".encode()]
+        assert begun.encode("naïve", add_special_tokens=False).ids == list("naïve".encode())
+        assert load_tokenizer(out).encode("naïve").tolist() == list("naïve".encode())
+    once, again = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("begun1", "begun2"))
+    assert once == again
+
     (tmp_path / "bpe" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|startoftext|>"}))
     assert load_tokenizer(tmp_path / "bpe").eos_id == 257, "its files are all that there is: what they say is meant"
 

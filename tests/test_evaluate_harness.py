@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import json
 import lzma
+import random
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'mfa_jax[evaluate]'")
 
+from experiments import evaluate
 from experiments.evaluate import EvaluateConfig, load_tasks, main
 from mfa_jax.config import ModelConfig
 from mfa_jax.convert import save_run
@@ -354,6 +356,37 @@ def test_bad_flags_are_named(changes: dict[str, Any], message: str) -> None:
 def test_an_unknown_task_is_named_with_its_neighbours(files: Path) -> None:
     with pytest.raises(ValueError, match="tasks='local_helaswag': there is no such task; such as local_hellaswag"):
         tasks_of("local_helaswag", files)
+
+
+def test_tasks_are_made_from_the_seeds_that_lm_eval_sets(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some draw from the global generators as they are made, and some whenever their items are asked for."""
+    from lm_eval.tasks import TaskManager
+
+    drawn, load = [], TaskManager.load
+    monkeypatch.setattr(TaskManager, "load", lambda self, *given: (
+        drawn.append((random.random(), np.random.rand())), load(self, *given))[1])
+    tasks_of("local_hellaswag", files), tasks_of("local_hellaswag", files)
+    assert drawn == [(random.Random(0).random(), np.random.RandomState(1234).rand())] * 2
+
+
+def test_processes_must_have_the_same_settings_and_items(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.api.group import Group
+
+    told: dict[str, list[str]] = {"settings": [], "tasks": []}
+    monkeypatch.setattr(evaluate.processes, "require_same", lambda what, text: told[what].append(text))
+    config = EvaluateConfig(tasks="local_hellaswag,local_bbh", workdir="one", local_data=str(files))
+    _, (hellaswag, bbh) = load_tasks(config)
+    group = Group("ours")
+    group.add(bbh)
+    for c in (config, dataclasses.replace(config, workdir="two"), dataclasses.replace(config, limit=2)):
+        evaluate._require_same(c, [hellaswag, group])
+    same, elsewhere, other = told["settings"]
+    assert same == elsewhere != other
+    assert [name for name, _ in json.loads(told["tasks"][0])] == ["local_hellaswag", "local_bbh"]
+    with lzma.open(files / "eval" / "bbh.jsonl.xz", "wt") as file:
+        file.write("".join(f"{json.dumps(row)}\n" for row in FILES["bbh.jsonl.xz"][::-1]))
+    evaluate._require_same(config, load_tasks(config)[1])
+    assert told["tasks"][0] == told["tasks"][2] != told["tasks"][3]
 
 
 def test_packages_of_ruler_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,3 +221,9 @@ def test_training_flops_follow_the_active_parameters() -> None:
     vectors = 61 * (2048 + 2 * 7168) + 7168
     assert capacity.training_flops_per_token(model, 1) - scores == 6 * (
         capacity.model_parameters(model).active - vectors)
+
+
+def test_heads_of_whole_models_divide_over_a_tensor_axis() -> None:
+    """What the page on sharding says."""
+    for name in language_models:
+        assert model_preset(name).attention.num_heads % (64 if name == "step3" else 2) == 0, name

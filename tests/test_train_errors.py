@@ -220,6 +220,8 @@ def test_rows_begin_with_the_tokenizers_begin_token_or_the_run_is_refused(
     assert first and all((batch["inputs"][:, 0] == ByteTokenizer.bos_id).all() for batch in first)
     train_on_one(dataclasses.replace(config, steps=3, data=dataclasses.replace(config.data, add_bos_token=False)))
     assert "data.add_bos_token=False from here on, where the run so far had True" in caplog.text
+    train_on_one(dataclasses.replace(config, workdir=str(tmp_path / "next"), initial=config.workdir))
+    assert f"data.add_bos_token=True from here on, where initial={config.workdir} had False" in caplog.text
     monkeypatch.setattr(ByteTokenizer, "bos_id", None)
     other = dataclasses.replace(config, workdir=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="data.add_bos_token=True: the tokenizer 'bytes' has no begin token"):

@@ -32,8 +32,8 @@ class Corpus:
 
 
 def data_folder() -> Path:
-    """The folder of external data: MFA_JAX_DATA, or `shared/data` beside this repository."""
-    return Path(os.environ.get(VARIABLE, Path(__file__).parents[3] / "shared" / "data")).resolve()
+    """The folder of external data: MFA_JAX_DATA, or `data` in this repository."""
+    return Path(os.environ.get(VARIABLE, Path(__file__).parents[2] / "data")).resolve()
 
 
 def find(name: str) -> Path:

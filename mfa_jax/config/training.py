@@ -185,8 +185,9 @@ class TrainConfig:
     workdir: str = "runs/default"
     """Folder of everything the run writes; an existing run there is resumed. A bucket can be mounted as one."""
     preset: str | None = None
-    """Name of the preset to take the model from: by the flag, or by a file that has no `model`. In code it is a name
-    and no more: give `model` with it."""
+    """Name of the preset to take the model from: by the flag (`--preset NAME --help` shows the flags of that model), or
+    by a file that has no `model`. {tiny,nano,small,base}-{mha,gqa,mqa,mla,mfa,mfa-kr}, these with -moe for experts,
+    paper-7b-{mha,mla,mfa,mfa-kr}, step3. In code it is a name and no more: give `model` with it."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)

@@ -98,7 +98,8 @@ def config_from_hf(values: Mapping[str, Any]) -> ModelConfig:
 
 def save_pretrained(
     folder: str | Path, config: ModelConfig, params: Any, *, context_length: int, tokenizer: Tokenizer | None = None,
-    model_type: str | None = None, dtype: str | None = None, shard_bytes: int = 4_000_000_000,
+    add_bos_token: bool = False, model_type: str | None = None, dtype: str | None = None,
+    shard_bytes: int = 4_000_000_000,
 ) -> None:
     """Writes a model as Hugging Face keeps it: `config.json`, `*.safetensors`, and the tokenizer's files.
 
@@ -108,6 +109,7 @@ def save_pretrained(
       folder: does not exist yet, or is empty.
       params: layers stacked, as training keeps them.
       context_length: what the engine may serve, in tokens; our own config does not say.
+      add_bos_token: the model was trained behind the tokenizer's begin token: engines are to put it before a text.
       model_type: None for `llama`, or `mistral` where the heads don't divide the model's width, with biases `qwen2`,
         with norms of heads `qwen3`, and for MFA `step3_text`.
       dtype: what tensors are stored as, `float32`, `bfloat16` or `float16`; None for `config.param_dtype`.
@@ -125,6 +127,7 @@ def save_pretrained(
     if tokenizer is not None:
         require(tokenizer.vocab_size <= config.vocab_size, "tokenizer.vocab_size", tokenizer.vocab_size,
                 f"must be at most the model's vocab_size={config.vocab_size}")
+    require(not add_bos_token or tokenizer is not None, "add_bos_token", add_bos_token, "needs a tokenizer")
     model_type = model_type or _default_model_type(config)
     require(model_type in _MODEL_TYPES, "model_type", model_type, f"must be one of {', '.join(_MODEL_TYPES)}")
     family = _MODEL_TYPES[model_type]
@@ -140,7 +143,7 @@ def save_pretrained(
     with appearing(folder) as partial:
         write_tensors(partial, tensors, jnp.dtype(dtype), shard_bytes)
         if tokenizer is not None:
-            values |= save_tokenizer(partial, tokenizer, context_length)
+            values |= save_tokenizer(partial, tokenizer, context_length, add_bos_token=add_bos_token)
         (partial / CONFIG).write_text(to_json(values) + "\n")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from mfa_jax.config import require
 from mfa_jax.convert import gguf_file
@@ -43,21 +43,34 @@ def pretrained_tokenizer(path: str | Path, name: str | None = None) -> Tokenizer
     return load_tokenizer(path if name is None else path / name)
 
 
-def save_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
+def save_tokenizer(
+    folder: Path, tokenizer: Tokenizer, context_length: int, *, add_bos_token: bool = False
+) -> dict[str, Any]:
     """Writes what `load_tokenizer` needs and, but for a sentencepiece table, what engines read.
+
+    Args:
+      add_bos_token: have engines begin a text with the begin token, where the tokenizer does not say so already.
 
     Returns:
       the special tokens, as a `config.json` names them.
+
+    Raises:
+      ValueError: no begin token where one is asked for.
     """
+    require(not add_bos_token or tokenizer.bos_id is not None, "add_bos_token", add_bos_token,
+            "the tokenizer has no begin token")
     given: dict[str, str | None] = {}
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         tokenizer.save(folder)
     if isinstance(tokenizer, ByteTokenizer):
-        _bytes_as_bpe().save(str(folder / HuggingFaceTokenizer.FILE))
+        content = _bytes_as_bpe().to_str(pretty=True).encode()
+        (folder / HuggingFaceTokenizer.FILE).write_bytes(_beginning(content, _BEGIN) if add_bos_token else content)
         given = {"eos_token": _END, "bos_token": _BEGIN}
     elif isinstance(tokenizer, HuggingFaceTokenizer):
         # By the files that everyone reads, and no other: what is changed in them is meant.
-        (folder / HuggingFaceTokenizer.FILE).write_bytes(tokenizer.content)
+        begins = tokenizer.bos_token if add_bos_token else None
+        (folder / HuggingFaceTokenizer.FILE).write_bytes(
+            tokenizer.content if begins is None else _beginning(tokenizer.content, begins))
         given = {"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token,
                  "pad_token": tokenizer.pad_token, "chat_template": tokenizer.chat_template}
     if given:
@@ -66,6 +79,18 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> d
             {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, **named}, indent=2))
     ends = list(tokenizer.stop_ids)
     return {"eos_token_id": ends if len(ends) > 1 else ends[0], "bos_token_id": tokenizer.bos_id}
+
+
+def _beginning(content: bytes, begin: str) -> bytes:
+    """A `tokenizer.json` that puts the begin token before a text; as it is where it does so already."""
+    tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    token = (begin, tokenizer.token_to_id(begin))
+    if tokenizer.encode("a").ids[:1] == [token[1]]:
+        return content
+    put = processors.TemplateProcessing(single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[token])
+    others = tokenizer.post_processor
+    tokenizer.post_processor = put if others is None else processors.Sequence([others, put])
+    return tokenizer.to_str(pretty=True).encode()
 
 
 def _bytes_as_bpe() -> tokenizers.Tokenizer:

@@ -46,12 +46,13 @@ def require_startable(config: TrainConfig, checkpoints: Checkpoints, *, has_teac
                 f"the run in {config.workdir} is at step {found[0]} already")
         _require_same_task(saved, config)
         _tell_rate(saved, config, found[0])
-        _tell_rows(saved, config)
+        _tell_rows(saved, config, "the run so far")
     elif config.initial is not None:
         _, theirs_config = run.load_config(config.initial)
         run.require_same_model(theirs_config.model, config.model, config.initial, field="initial")
         theirs = Path(config.initial) / run.TOKENIZER
         _require_same_encoding("initial tokenizer", theirs, load_tokenizer(theirs).encoding, config)
+        _tell_rows(theirs_config, config, f"initial={config.initial}")
 
 
 def _require_same_task(saved: TrainConfig, config: TrainConfig) -> None:
@@ -86,12 +87,12 @@ def _tell_rate(saved: TrainConfig, config: TrainConfig, step: int) -> None:
                     saved.optimizer.schedule_steps or saved.steps)
 
 
-def _tell_rows(saved: TrainConfig, config: TrainConfig) -> None:
-    """Warns where rows of the same text become others."""
+def _tell_rows(saved: TrainConfig, config: TrainConfig, whose: str) -> None:
+    """Warns where rows of the same text become others than those that the weights have learned from so far."""
     for name in ("separate_documents", "add_bos_token"):
         before, now = getattr(saved.data, name), getattr(config.data, name)
         if before != now:
-            log.warning("data.%s=%s from here on, where the run so far had %s", name, now, before)
+            log.warning("data.%s=%s from here on, where %s had %s", name, now, whose, before)
 
 
 def _place(path: str | None) -> str | None:
