@@ -21,7 +21,7 @@ import tyro
 from experiments.cli import parse, run
 from experiments.opening import ONE_DEVICE, CacheDType, DecodeKernel, decode_kernel, joined_mesh
 from mfa_jax.config import MeshConfig, require
-from mfa_jax.generate import SamplingConfig, bucket, complete, stream_text
+from mfa_jax.generate import SamplingConfig, cache_size, complete, encode_prompts, stream_text
 from mfa_jax.model.transformer import Transformer
 from mfa_jax.train import cluster, processes
 from mfa_jax.train.run import Trained, load_trained
@@ -71,11 +71,14 @@ class DecodeConfig:
                               vocab_limit=vocab_limit)
 
 
+def _begins(config: DecodeConfig, trained: Trained) -> bool:
+    return config.add_bos_token or trained.config.data.add_bos_token
+
+
 def _decode(config: DecodeConfig, trained: Trained, prompts: tuple[str, ...]) -> None:
     options: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens, "capacity": config.capacity, "cache_dtype": config.cache_dtype,
-        "stop_at_end": config.stop_at_end,
-        "add_bos_token": config.add_bos_token or trained.config.data.add_bos_token,
+        "stop_at_end": config.stop_at_end, "add_bos_token": _begins(config, trained),
     }
     sampling, key = config.sampling(trained.tokenizer.vocab_size), jax.random.key(config.seed)
     arguments = (trained.model, trained.params, trained.tokenizer)
@@ -107,20 +110,25 @@ def _lines() -> Iterator[str]:
             yield line.strip("\n")
 
 
-def _with_kernel(config: DecodeConfig, trained: Trained) -> Trained:
-    """The model with the kernel that was asked for; says which one decodes it.
+def _with_kernel(config: DecodeConfig, trained: Trained, prompts: tuple[str, ...]) -> tuple[Trained, str]:
+    """The model with the kernel that was asked for, and the name of that which decodes such prompts.
 
     Raises:
       NotImplementedError: the kernel can't serve this model on this device.
     """
-    model, chosen = decode_kernel(trained.model.config, config.implementation,
-                                  config.capacity or bucket(config.max_new_tokens), config.cache_dtype)
+    lengths = encode_prompts(trained.tokenizer, prompts, add_bos_token=_begins(config, trained))[1]
+    capacity = config.capacity or cache_size(int(lengths.max()), config.max_new_tokens)
+    model, chosen = decode_kernel(trained.model.config, config.implementation, capacity, config.cache_dtype,
+                                  rows=len(prompts))
+    return dataclasses.replace(trained, model=Transformer(model)), chosen
+
+
+def _tell_model(config: DecodeConfig, trained: Trained, kernel: str) -> None:
     mesh = jax.sharding.get_mesh()
     where = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    _tell(f"step {trained.step} of {config.workdir}: {model.attention.variant}, "
+    _tell(f"step {trained.step} of {config.workdir}: {trained.model.config.attention.variant}, "
           f"{where and f'{mesh.size} x '}{jax.devices()[0].platform}{where and f' ({where})'}, decode attention by "
-          f"{chosen}")
-    return dataclasses.replace(trained, model=Transformer(model))
+          f"{kernel}")
 
 
 def main() -> None:
@@ -132,15 +140,17 @@ def main() -> None:
         trained = load_trained(config.workdir, step=config.step, ema=config.ema, mesh=mesh)
         for step, reason in trained.skipped.items():
             _tell(f"step {step} is skipped: {reason}")
-        trained = _with_kernel(config, trained)
-        if config.prompt:
-            _decode(config, trained, config.prompt)
-            return
-        for line in _lines():
+        told = None
+        for prompts in [config.prompt] if config.prompt else ((line,) for line in _lines()):
             try:
-                _decode(config, trained, (line,))
-            except ValueError as error:  # too long for the cache, say; the next line may not be
-                _tell(f"error: {error}")
+                served, kernel = _with_kernel(config, trained, prompts)
+                if kernel != told:  # a longer line may be served by another one
+                    _tell_model(config, served, told := kernel)
+                _decode(config, served, prompts)
+            except ValueError as error:
+                if config.prompt:
+                    raise
+                _tell(f"error: {error}")  # too long for the cache, say; the next line may not be
 
 
 if __name__ == "__main__":

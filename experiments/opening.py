@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 
 from mfa_jax import axes
 from mfa_jax.attention import decode_call
-from mfa_jax.config import DType, MeshConfig, ModelConfig, require
+from mfa_jax.config import DType, GQAConfig, MeshConfig, ModelConfig, require
 from mfa_jax.convert import load_pretrained, pretrained_tokenizer
 from mfa_jax.data import Tokenizer, load_tokenizer
-from mfa_jax.kernels import default_device, resolve
+from mfa_jax.kernels import default_device, resolve, sharded
 from mfa_jax.model.transformer import Transformer
 from mfa_jax.train import cluster
 from mfa_jax.train.run import TOKENIZER, load_trained
@@ -146,15 +146,25 @@ def open_model(
 
 
 def decode_kernel(
-    config: ModelConfig, implementation: DecodeKernel | None, capacity: int, cache_dtype: str | None
+    config: ModelConfig, implementation: DecodeKernel | None, capacity: int, cache_dtype: str | None, rows: int = 1
 ) -> tuple[ModelConfig, str]:
     """The config with the decode kernel that was asked for (None: its own), and the name of what serves it here.
 
+    Args:
+      capacity: tokens that a row of the cache holds, of which a device of the ambient mesh may have a part.
+      rows: of the batch, which say how the cache is split.
+
     Raises:
+      ValueError: a layout that can't split this cache.
       NotImplementedError: the kernel can't serve this model on this device.
     """
     if implementation is not None:
         config = dataclasses.replace(config, decode_implementation=implementation)
-    call = decode_call(config.attention, config.position, capacity=capacity, dtype=config.dtype,
-                       cache_dtype=cache_dtype or config.dtype)
+    attention, sizes = config.attention, sharded.mesh_sizes() or {}
+    K = attention.num_kv_heads if isinstance(attention, GQAConfig) else 1
+    layout = sharded.choose(sizes, B=rows, N=attention.num_heads, K=K, S=capacity, layout=config.decode_layout)
+    call = decode_call(attention, config.position, capacity=capacity // math.prod(sizes[a] for a in layout.sequence),
+                       dtype=config.dtype, cache_dtype=cache_dtype or config.dtype)
+    if K == 1 and layout.name == "heads":  # a call is of one key head, of which this device has some of the heads
+        call = dataclasses.replace(call, N=call.N // math.prod(sizes[a] for a in layout.heads))
     return config, resolve(config.decode_implementation, call, default_device())

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from mfa_jax import axes, capacity
 from mfa_jax.config import MoEConfig, from_dict, to_dict
 from mfa_jax.layers import at_path, stacked_blocks
+from mfa_jax.model import dispatch
 from mfa_jax.model.dispatch import experts_over_mesh, make_route, resolve_exchange, take_rows
 from mfa_jax.model.grouped import grouped_matmul, resolve
 from mfa_jax.model.layers import SwiGLU
@@ -284,6 +285,21 @@ def test_a_ragged_exchange_brings_rows_there_and_back(devices: int, each: int, s
     back = [(np.arange(devices) * P, x.arriving, x.returning, x.counts) for x in routes]
     found = ragged_all_to_all(slots, [np.full(P, -1) for _ in routes], back)
     np.testing.assert_array_equal(found, chosen)
+
+
+def test_a_choice_that_gets_lost_on_the_way_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two devices tells the others of one row less than it has for its first expert."""
+    whole, params = dispatch._elsewhere, parameters(SOFTMAX)
+
+    def dropped(rows: int) -> int:
+        run = jax.jit(lambda params, x: MoE(SOFTMAX).apply({"params": params}, x)[1].dropped)
+        return int(run(params, inputs()[:rows]))
+
+    with jax.set_mesh(axes.make_mesh((1, 1, 2, 1, 1), jax.devices()[:2])):
+        assert [dropped(2), dropped(3)] == [0, 0]
+        monkeypatch.setattr(dispatch, "_elsewhere", lambda rows, sizes, *rest: whole(
+            rows, sizes.at[jnp.argmax(sizes)].add(-1), *rest))
+        assert [dropped(2), dropped(3)] == [2, 1], "three rows are on both devices"
 
 
 def test_what_an_exchange_resolves_to() -> None:

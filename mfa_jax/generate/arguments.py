@@ -23,6 +23,11 @@ def bucket(size: int) -> int:
     return power
 
 
+def cache_size(longest: int, max_new_tokens: int) -> int:
+    """Tokens of a row that a cache is given where nothing else is asked for, on the ambient mesh."""
+    return sharded.whole_tiles(bucket(longest + max_new_tokens))
+
+
 def prepare(
     model: Transformer, prompts: Any, lengths: Any, max_new_tokens: int, stop_tokens: Any, capacity: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
@@ -46,7 +51,7 @@ def prepare(
                 f"of capacity={capacity}")
     width = bucket(longest)
     if capacity is None:
-        capacity = sharded.whole_tiles(max(bucket(longest + max_new_tokens), width))
+        capacity = cache_size(longest, max_new_tokens)
     width = min(width, capacity)
     padded = np.zeros((len(prompts), width), np.int32)
     kept = min(width, prompts.shape[1])

@@ -98,7 +98,8 @@ def routed_experts(
     x: Float[Array, "M D"], chosen: Int[Array, "M A"], weights: Float[Array, "M A"], experts: Experts,
     implementation: str = "auto", exchange: str | None = None,
 ) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
-    """`y_m = sum_a weights_ma expert_chosen_ma(x_m)`, and how many of the M A choices an expert served (all).
+    """`y_m = sum_a weights_ma expert_chosen_ma(x_m)`, and how many rows the experts of this device served: over all
+    devices of the axis, as many as choices were made, or some were lost on the way.
 
     Args:
       experts: all of them, or with an exchange those of this device of the axis `expert`.
@@ -109,13 +110,13 @@ def routed_experts(
     rows = take_rows(x, order, inverse, chosen.shape[1])
     if exchange is None:
         sizes = jnp.bincount(flat, length=len(experts[0])).astype(jnp.int32)
-        rows = swiglu_of_groups(rows, experts, sizes, implementation)
+        rows, served = swiglu_of_groups(rows, experts, sizes, implementation), jnp.sum(sizes)
     else:
         sizes = jnp.bincount(flat, length=len(experts[0]) * lax.axis_size(AXIS)).astype(jnp.int32)
-        rows = _elsewhere(rows, sizes, experts, implementation, exchange)
+        rows, served = _elsewhere(rows, sizes, experts, implementation, exchange)
     out = take_rows(rows, inverse, order, 1).reshape(*chosen.shape, x.shape[-1])
     y = jnp.einsum("MAD,MA->MD", out, weights, preferred_element_type=jnp.float32).astype(x.dtype)
-    return y, jnp.sum(sizes)
+    return y, served
 
 
 # ---- the axis of experts ---------------------------------------------------------------------------------------
@@ -170,8 +171,8 @@ def collect(slots: Float[Array, "X P D"], route: Route, exchange: str) -> Float[
 
 def _elsewhere(
     rows: Float[Array, "P D"], sizes: Int[Array, " E"], experts: Any, implementation: str, exchange: str
-) -> Float[Array, "P D"]:
-    """`swiglu_of_groups` of rows sorted by expert, each on the device that has its expert."""
+) -> tuple[Float[Array, "P D"], Int[Array, ""]]:
+    """`swiglu_of_groups` of rows sorted by expert, each on the device that has its expert; how many this one served."""
     me, P = lax.axis_index(AXIS), len(rows)
     all_sizes = lax.all_gather(sizes, AXIS)
     route = make_route(all_sizes, me)
@@ -182,7 +183,9 @@ def _elsewhere(
     slots = send(rows, route, exchange)
     arrived = take_rows(slots.reshape(-1, slots.shape[2]), order, inverse, 1)
     out = swiglu_of_groups(arrived, experts, jnp.sum(mine, axis=0), implementation)
-    return collect(take_rows(out, inverse, order, 1).reshape(slots.shape), route, exchange)
+    # Of those that are in a slot, not of those that were to come: a row past the end of a slot would be lost.
+    served = jnp.sum(expert < mine.shape[1])
+    return collect(take_rows(out, inverse, order, 1).reshape(slots.shape), route, exchange), served
 
 
 def experts_over_mesh(
@@ -224,6 +227,8 @@ def experts_over_mesh(
         experts = tuple(lax.all_gather(w, "fsdp", axis=axis, tiled=True)
                         for w, axis in zip(experts, (1, 1, 2), strict=True))
         y, served = local(x, chosen, weights, experts, way)
+        if way is not None and AXIS not in spread:  # all devices of the axis sent the same rows
+            served = lax.psum(served, AXIS) // lax.axis_size(AXIS)
         return lax.psum(y, "tensor"), lax.psum(served, spread) if spread else served
 
     by_rows, whole = PartitionSpec(rows or None, sequence), PartitionSpec()
