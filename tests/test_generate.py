@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+from typing import Any
 
 import chex
 import jax
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfa_jax import axes
+from mfa_jax.config import ModelConfig, MoEConfig
 from mfa_jax.data import ByteTokenizer
 from mfa_jax.generate import (
     SamplingConfig,
@@ -179,18 +182,48 @@ def test_a_conversation_compiles_once_per_bucket() -> None:
     assert generate_loop._generate._cache_size() == before + 1
 
 
+def with_experts(variant: str) -> ModelConfig:
+    """The second layer has experts, as many as a mesh below splits, and one that all tokens share."""
+    moe = MoEConfig(num_experts=4, experts_per_token=2, expert_dim=8, shared_dim=8, layers=(1,))
+    return model_config(variant, moe=moe)
+
+
+CONTEXT, EXPERT = {"context": 2}, {"expert": 4}
+MESHES = [("gqa", {"data": 2, "fsdp": 2, "tensor": 2})]
+MESHES += [(name, sizes) for name in ("mfa", "mfa_kr", "mla")
+           for sizes in (CONTEXT, EXPERT, {"fsdp": 2, "context": 2, "tensor": 2})]
+MESHES += [("mfa-moe", sizes) for sizes in (CONTEXT, EXPERT, {"expert": 2, "context": 2, "tensor": 2})]
+
+
 @pytest.mark.slow
-def test_sharded_decoding_equals_one_device() -> None:
-    c = compiled(model_config("gqa"))
-    expected = generate(c.model, c.params, PROMPTS, LENGTHS, GREEDY, KEY, max_new_tokens=NEW)
-    mesh = axes.make_mesh((2, 2, 1, 1, 2))
+@pytest.mark.parametrize(("variant", "sizes"), MESHES, ids=[
+    f"{name}-{'-'.join(f'{axis}{size}' for axis, size in sizes.items())}" for name, sizes in MESHES])
+def test_sharded_decoding_equals_one_device(
+    variant: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill and decoding, on caches that no device holds a second time. Rows begin on either side of the middle of
+    the prompts' bucket, and one of them goes on past the middle of the cache: those are what `context` splits."""
+    name, _, experts = variant.partition("-")
+    c = compiled(with_experts(name) if experts else model_config(name))
+    prompts, lengths = np.asarray(tokens(4, (4, 30))), [3, 15, 18, 30]
+    expected = generate(c.model, c.params, prompts, lengths, GREEDY, KEY, max_new_tokens=NEW, capacity=64)
+    decode, held = generate_loop.decode, []
+
+    def decoding(model: Any, params: Any, state: Any, *rest: Any, **more: Any) -> Any:
+        held.extend((x.size, [shard.data.size for shard in x.addressable_shards])
+                    for cache in state.caches for x in cache.streams)
+        return decode(model, params, state, *rest, **more)
+
+    monkeypatch.setattr(generate_loop, "decode", decoding)
+    shape = [sizes.get(axis, 1) for axis in axes.MESH_AXES]
+    mesh = axes.make_mesh(shape, jax.devices()[: math.prod(shape)])
     with jax.set_mesh(mesh):
         boxed = jax.eval_shape(c.model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
         params = jax.device_put(c.params, axes.shardings(boxed, mesh))
-        rows = np.concatenate([PROMPTS, PROMPTS[:1]])
-        found = generate(c.model, params, rows, [*LENGTHS, LENGTHS[0]], GREEDY, KEY, max_new_tokens=NEW)
-    assert found.tokens[:3].tolist() == expected.tokens.tolist()
-    np.testing.assert_allclose(found.logprobs[:3], expected.logprobs, atol=1e-5)
+        *_, found = stream(c.model, params, prompts, lengths, GREEDY, KEY, max_new_tokens=NEW, capacity=64, chunk=NEW)
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
+    assert held and all(parts == [size // mesh.size] * mesh.size for size, parts in held)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
