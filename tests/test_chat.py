@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from experiments import chat as chat_program
 from experiments.chat import Chat, ChatConfig
 from experiments.opening import Opened, open_model
 from mfa_jax.convert import save_run
@@ -219,6 +222,57 @@ def test_a_chat_goes_on_and_a_full_one_stays_as_it_was() -> None:
     with pytest.raises(ValueError, match="capacity=160: must be at least"):
         list(chat.say("long " * 40))
     assert chat._messages == messages
+
+
+def test_an_answer_comes_in_pieces_as_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is decoded that was not asked for, and what was is handed out before more is."""
+    c = compiled(model_config("mfa", num_layers=1, vocab_size=264))
+    limits: list[int] = []
+    decode = conversation.decode
+
+    def counting(model: Any, params: Any, state: Any, limit: Any, **options: Any) -> Any:
+        limits.append(int(limit))
+        return decode(model, params, state, limit, **options)
+
+    monkeypatch.setattr(conversation, "decode", counting)
+    chat = Chat(ChatConfig(hf="unused", max_new_tokens=8, capacity=160, temperature=0.0, system="Be brief."),
+                Opened("test", c.model, c.params, chat_tokenizer()))
+    pieces, told = chat.say("Hi"), []
+    for decoded in ([], [5], [5, 8]):
+        told.append(next(pieces))
+        assert limits == decoded and len(chat._messages) == 1
+    assert told[0] + told[1], "the text of the first five tokens, before the rest"
+    told += pieces
+    assert limits == [5, 8] and chat._messages[-1] == {"role": "assistant", "content": "".join(told)}
+
+
+class Typed(io.StringIO):
+    """Lines of somebody at a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_program_goes_on_after_a_full_cache_and_begins_anew_when_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seeds are those of a conversation: the first answer after `/new` is the first one again."""
+    c = compiled(model_config("mfa", num_layers=1, vocab_size=264))
+    save_run(tmp_path / "run", c.config, c.params, chat_tokenizer())
+    config = ChatConfig(workdir=str(tmp_path / "run"), max_new_tokens=8, capacity=160)
+    chat = Chat(config, config.open())
+    first, second = ("".join(chat.say(text)) for text in ("Hi", "Again"))
+    assert first != second
+    for kind, prompt in ((io.StringIO, ""), (Typed, "> ")):
+        lines = ["Hi", "", "long " * 40, " Again ", "/new", "Hi"]
+        monkeypatch.setattr(sys, "stdin", kind("\n".join(lines)))
+        chat_program.main(config)
+        told = capsys.readouterr()
+        assert told.out == f"{prompt}{first}\n{3 * prompt}{second}\n{2 * prompt}{first}\n{prompt}"
+        opened, full = told.err.splitlines()
+        assert opened.startswith(f"{tmp_path / 'run'}, step 0: mfa, ")
+        assert full.startswith("error: capacity=160: must be at least") and full.endswith(
+            "(/new begins another conversation)")
 
 
 @pytest.mark.parametrize(("options", "message"), [
