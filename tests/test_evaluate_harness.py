@@ -9,6 +9,7 @@ import importlib.util
 import json
 import lzma
 import random
+import re
 import subprocess
 import sys
 import time
@@ -26,11 +27,12 @@ from experiments import evaluate
 from experiments.evaluate import EvaluateConfig, load_tasks, main
 from mfa_jax.config import ModelConfig
 from mfa_jax.convert import save_run
-from mfa_jax.data import ByteTokenizer
+from mfa_jax.data import ByteTokenizer, HuggingFaceTokenizer
 from mfa_jax.evaluate import TASKS, complete_until, loglikelihoods
 from mfa_jax.evaluate.harness import HarnessModel
 from mfa_jax.generate import SamplingConfig
 from tests.contract import compiled, model_config
+from tests.test_chat import CHATML, chat_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -205,6 +207,39 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 def test_a_tokenizer_without_a_template_cannot_chat() -> None:
     with pytest.raises(ValueError, match="tokenizer='ByteTokenizer': has no chat template"):
         adapter().apply_chat_template([{"role": "user", "content": "a"}])
+
+
+def text_of(*messages: tuple[str, str], answer: str = "") -> str:
+    """As ChatML writes it, with the beginning of an answer."""
+    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in messages) + (
+        f"<|im_start|>assistant\n{answer}")
+
+
+def score_of(tokenizer: HuggingFaceTokenizer, text: str, continuation: str) -> float:
+    """By the full forward, with the special tokens put in by hand. The line feed that ends a template is one of the
+    blanks that lm-eval moves to what follows, and is scored with it."""
+    ids: list[int] = []
+    for part in re.split(r"(<\|im_(?:start|end)\|>)", text.rstrip()):
+        special = tokenizer.special_id(part)
+        ids += tokenizer.encode(part).tolist() if special is None else [special]
+    said = tokenizer.encode(text[len(text.rstrip()) :] + continuation).tolist()
+    row = np.zeros((1, 128), np.int32)
+    row[0, : len(ids) + len(said)] = ids + said
+    logprobs = jax.nn.log_softmax(C.full(C.params, row)[0])
+    return float(sum(logprobs[len(ids) + i - 1, token] for i, token in enumerate(said)))
+
+
+def test_conversations_are_scored_as_the_template_writes_them() -> None:
+    tokenizer = chat_tokenizer()
+    harness = HarnessModel(C.model, C.params, tokenizer, batch_tokens=256)
+    asked, begun = [("system", "Be brief."), ("user", "Hi")], ("assistant", "Yes, ")
+    messages = [{"role": role, "content": content} for role, content in (*asked, begun)]
+    text, opened = harness.apply_chat_template(messages[:2]), harness.apply_chat_template(messages, False)
+    assert text == text_of(*asked) and opened == text_of(*asked, answer="Yes, ")
+    assert harness.chat_template(True) == CHATML and harness.chat_template(False) is None
+    found = harness.loglikelihood([ask(text, "Yes?"), ask(opened, "no")], disable_tqdm=True)
+    expected = [score_of(tokenizer, text, "Yes?"), score_of(tokenizer, opened, "no")]
+    np.testing.assert_allclose([score for score, _ in found], expected, atol=1e-5)
 
 
 # ---- the task files --------------------------------------------------------------------------------------------
@@ -443,6 +478,24 @@ def test_a_run_is_evaluated_to_a_file(files: Path, tmp_path: Path, capsys: pytes
     assert "local_wikitext2" in capsys.readouterr().out and not list(tmp_path.glob("*.partial"))
     with pytest.raises(ValueError, match="must not exist yet"):
         EvaluateConfig(tasks="local_bbh", local_data="x", output=str(output))
+
+
+@pytest.mark.slow
+def test_a_run_is_asked_in_conversations(files: Path, tmp_path: Path) -> None:
+    """lm-eval's requests are the template's texts, and their scores those of the texts."""
+    tokenizer, output = chat_tokenizer(), tmp_path / "found.json"
+    save_run(tmp_path / "run", C.config, C.params, tokenizer)
+    main(EvaluateConfig(tasks="local_hellaswag", workdir=str(tmp_path / "run"), local_data=str(files),
+                        apply_chat_template=True, system_instruction="Be brief.", output=str(output), log_samples=True))
+    found = json.loads(output.read_text())
+    samples = found["samples"]["local_hellaswag"]
+    assert len(samples) == 3
+    for sample in samples:
+        text = text_of(("system", "Be brief."), ("user", sample["doc"]["query"]))
+        asked = [[text, choice] for choice in sample["doc"]["choices"]]
+        assert sample["arguments"] == asked
+        np.testing.assert_allclose([float(response[0]) for (response,) in sample["resps"]],
+                                   [score_of(tokenizer, *pair) for pair in asked], atol=1e-4)
 
 
 @pytest.mark.slow
