@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 import time
@@ -43,12 +44,44 @@ def test_a_run_that_is_killed_and_told_to_stop_ends_as_if_left_alone(killed: tup
 
 
 @pytest.mark.slow
-def test_every_file_of_the_newest_checkpoint_damaged(
+def test_every_file_of_the_newest_checkpoint_damaged(killed: tuple[SmallRun, list[Outcome]], tmp_path: Path) -> None:
+    """In every way: cut in half, emptied, a bit flipped, removed."""
+    outcomes = damage.checkpoints(killed[0], tmp_path)
+    assert len(outcomes) == 4 and not [line for outcome in outcomes for line in outcome.lost]
+    for outcome in outcomes:
+        assert outcome.tried > 30 and outcome.notes["previous used"] > 5, outcome
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_stops_a_run_or_is_waited_for(
+    killed: tuple[SmallRun, list[Outcome]], tmp_path: Path
+) -> None:
+    """A real one, of 24 MB."""
+    (outcome,) = damage.full_disk(dataclasses.replace(killed[0], save_every=20), tmp_path)
+    if outcome.skipped:
+        pytest.skip(outcome.skipped)
+    assert not outcome.lost and outcome.tried == 3
+
+
+@pytest.mark.slow
+def test_every_file_of_the_token_shards_damaged(
     killed: tuple[SmallRun, list[Outcome]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(damage, "DAMAGE", {"bit flipped": damage.flip})
-    (outcome,) = damage.checkpoints(killed[0], tmp_path)
-    assert not outcome.lost and outcome.tried > 30 and outcome.notes["previous used"] > 5
+    """Each in one way, or it would take a minute."""
+    kinds = iter(("bit flipped", "cut in half", "emptied"))
+    harm = dict(damage.DAMAGE)
+    monkeypatch.setattr(damage, "DAMAGE", {"each in its way": lambda path: harm[next(kinds)](path)})
+    (outcome,) = damage.shards(killed[0], tmp_path)
+    assert not outcome.lost and outcome.tried == 3 and not list(kinds)
+
+
+@pytest.mark.slow
+def test_a_device_that_is_out_of_memory_says_what_the_step_needs(
+    killed: tuple[SmallRun, list[Outcome]], tmp_path: Path
+) -> None:
+    (outcome,) = damage.device_memory(killed[0], tmp_path)
+    assert not outcome.lost and outcome.tried == 1
+    assert "GiB temporaries" in outcome.notes["said"] and "model.remat=full" in outcome.notes["said"]
 
 
 def test_lost_is_what_was_told() -> None:
