@@ -1,4 +1,5 @@
-"""Step-3's text model: names, config, and parity with a NumPy model written here from the published description."""
+"""Step-3's text model: names, config, and parity with models written here, in NumPy and in PyTorch, from the published
+description."""
 
 from __future__ import annotations
 
@@ -130,6 +131,54 @@ def published(
     return wide(norm(x, "model.norm")) @ wide(w["lm_head.weight"]).T
 
 
+def in_torch(torch: Any, given: dict[str, Any], tensors: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+    """`published` in float32, in the language of the released models and with its operations."""
+    w = {name: torch.tensor(tensor) for name, tensor in tensors.items()}
+
+    def norm(x: Any, name: str) -> Any:
+        wide = x.to(torch.float32)
+        return w[f"{name}.weight"] * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-4)).to(x.dtype)
+
+    def feed_forward(x: Any, module: str, expert: Any = ...) -> Any:
+        gate, up, down = (w[f"{module}.{name}_proj.weight"][expert] for name in ("gate", "up", "down"))
+        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    def experts(x: Any, at: str) -> Any:
+        scores = torch.softmax((x @ w[f"{at}moe.gate.weight"].T).to(torch.float32), dim=-1)
+        rows = []
+        for t in range(len(x)):
+            weights, chosen = torch.topk(scores[t], A)
+            if given["norm_expert_weight"]:
+                weights = weights / weights.sum()
+            rows.append(sum(weight.to(x.dtype) * feed_forward(x[t], f"{at}moe", int(e))
+                            for weight, e in zip(weights, chosen, strict=True)))
+        return torch.stack(rows) + feed_forward(x, f"{at}share_expert")
+
+    angles = torch.arange(len(tokens))[:, None] * 100.0 ** (-torch.arange(0, C, 2) / C)
+    cos, sin = torch.cos(angles), torch.sin(angles)
+
+    def turn(x: Any, t: int) -> Any:
+        first, second = x[: C // 2], x[C // 2 :]
+        return torch.cat([first * cos[t] - second * sin[t], second * cos[t] + first * sin[t]])
+
+    x = w["model.embed_tokens.weight"][torch.tensor(tokens)]
+    for i in range(L):
+        at = f"model.layers.{i}."
+        a = norm(x, f"{at}input_layernorm")
+        q, k, v = (a @ w[f"{at}self_attn.{name}_proj.weight"].T for name in "qkv")
+        q = (norm(q, f"{at}self_attn.inter_norm") @ w[f"{at}self_attn.wq.weight"].T).reshape(-1, N, C)
+        keys = torch.stack([turn(k[t], t) for t in range(len(x))])
+        rows = []
+        for t in range(len(x)):
+            heads = [torch.softmax((keys[: t + 1] @ turn(q[t, n], t) * C**-0.5).to(torch.float32), dim=0).to(x.dtype)
+                     @ v[: t + 1] for n in range(N)]
+            rows.append(torch.cat(heads))
+        x = x + torch.stack(rows) @ w[f"{at}self_attn.o_proj.weight"].T
+        a = norm(x, f"{at}post_attention_layernorm")
+        x = x + (experts(a, at) if f"{at}moe.gate.weight" in w else feed_forward(a, f"{at}mlp"))
+    return (norm(x, "model.norm") @ w["lm_head.weight"].T).numpy()
+
+
 def ours(folder: Path, given: dict[str, Any], tokens: np.ndarray, dtype: str) -> np.ndarray:
     config, params = load_pretrained(write(folder, make_tensors(given), given, shards=2), dtype=dtype)
     return np.asarray(jax.jit(Transformer(config).apply)({"params": params}, tokens[None])[0])[0]
@@ -139,6 +188,15 @@ def ours(folder: Path, given: dict[str, Any], tokens: np.ndarray, dtype: str) ->
 def test_parity_with_the_published_description(tmp_path: Path, given: dict[str, Any]) -> None:
     tokens = np.random.default_rng(1).integers(0, V, 30)
     expected = published(given, make_tensors(given), tokens)
+    np.testing.assert_allclose(ours(tmp_path, given, tokens, "float32"), expected, rtol=0,
+                               atol=1e-5 * np.abs(expected).max())
+
+
+@KINDS
+def test_parity_with_a_pytorch_model(tmp_path: Path, given: dict[str, Any]) -> None:
+    torch = pytest.importorskip("torch", reason="an independent model in PyTorch: pip install 'mfa_jax[bench]'")
+    tokens = np.random.default_rng(1).integers(0, V, 30)
+    expected = in_torch(torch, given, make_tensors(given), tokens)
     np.testing.assert_allclose(ours(tmp_path, given, tokens, "float32"), expected, rtol=0,
                                atol=1e-5 * np.abs(expected).max())
 
