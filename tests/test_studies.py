@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import itertools
 import json
 import logging
 import math
@@ -74,13 +76,19 @@ def invented_loss(run: Run) -> float:
 
 
 def all_done(name: str, scale: Scale = TINY) -> list[Record]:
-    """Records of a whole study, planned anew until nothing is missing."""
+    """Records of a whole study; a new list of the same ones at every call."""
+    return list(_all_done(name, scale))
+
+
+@functools.cache
+def _all_done(name: str, scale: Scale) -> tuple[Record, ...]:
+    """Planned anew until nothing is missing."""
     found: list[Record] = []
     while True:
         results = results_of(found)
         missing = [run for run in STUDIES[name].plan(scale, results) if results(run) is None]
         if not missing:
-            return found
+            return tuple(found)
         found += [record_of(run, invented_loss(run), scale) for run in missing]
 
 
@@ -448,23 +456,28 @@ def test_a_missing_corpus_says_where_it_was_looked_for(tmp_path, monkeypatch):
         corpus.prepared("books-train-xs", tmp_path / "work")
 
 
-def own_corpus(folder: Path, monkeypatch: pytest.MonkeyPatch, *, leak: bool = False) -> None:
-    """Three small texts in place of the books."""
-    books = {name: [f"{name} {i} " + "the quick brown fox " * 200 for i in range(4)]
+def own_corpus(folder: Path, monkeypatch: pytest.MonkeyPatch, *, leak: tuple[str, str] | None = None,
+               words: int = 200) -> None:
+    """Three small texts in place of the books; `leak`: a book of the second is in the first, too."""
+    books = {name: [f"{name} {i} " + "the quick brown fox " * words for i in range(4)]
              for name in ("books-train-xs", corpus.VALID, corpus.TEST)}
     if leak:
-        books["books-train-xs"].append(books[corpus.TEST][0])
+        books[leak[0]].append(books[leak[1]][0])
     (folder / "text").mkdir()
     for name, texts in books.items():
         (folder / "text" / f"{name}.txt").write_text("\0".join(texts))
     monkeypatch.setenv(corpus.VARIABLE, str(folder))
 
 
-def test_a_test_book_in_the_training_text_is_refused(tmp_path, monkeypatch):
-    own_corpus(tmp_path, monkeypatch, leak=True)
-    for _ in range(2):  # the second time the shards are there already
-        with pytest.raises(ValueError, match="shares 1 books"):
+@pytest.mark.parametrize("leak", list(itertools.permutations(("books-train-xs", corpus.VALID, corpus.TEST), 2)))
+def test_a_book_in_two_texts_is_refused(leak, tmp_path, monkeypatch):
+    own_corpus(tmp_path, monkeypatch, leak=leak)
+    # What is held out of a text is refused when its shards are made.
+    message = "is held out by" if corpus.VALID in leak else "shares 1 books"
+    for _ in range(2):  # the second time shards of training and test text are there already
+        with pytest.raises(ValueError, match=message) as refused:
             corpus.prepared("books-train-xs", tmp_path / "work")
+        assert all(f"{name}.txt" in str(refused.value) for name in leak)
 
 
 def test_training_and_test_text_are_apart(tmp_path, monkeypatch):
