@@ -343,26 +343,83 @@ def test_a_spike_counts_from_the_first_point_after_the_warm_up(at, spikes):
     assert key_reuse_start.watch(record)[2] == str(spikes)
 
 
-def test_a_power_law_is_fitted_to_one_point_a_size():
+def points_of(name: str, law) -> list[scaling.Point]:
+    """A variant at each size, two seeds each, its losses a law of the parameters beside the embedding."""
     grid = [run for run in STUDIES["scaling"].plan(TINY, lambda run: None)
-            if scaling.family(record_of(run, 1.0)) == "mha" and run.labels["learning_rate"] == 8e-3]
-    P = [scaling.parameters(record_of(run, 1.0)) for run in grid]
-    losses = 5 * np.array(P, float) ** -0.05 * (1, 1.01, 0.99, 1)
-    found = [record_of(run, loss - 0.01) for run, loss in zip(grid, losses, strict=True)]
-    fit = stats.linregress(np.log(P), np.log(losses))
+            if scaling.family(record_of(run, 1.0)) == name and run.labels["learning_rate"] == 8e-3]
+    found = [[record_of(dataclasses.replace(run, labels={**run.labels, "seed": seed}), 1.0) for seed in TINY.seeds]
+             for run in grid]
+    for i, runs in enumerate(found):
+        for run in runs:
+            run.metrics["test_bits_per_byte"] = law(i, scaling.parameters(run))
+    return [scaling.Point(runs, "") for runs in found]
+
+
+def test_a_power_law_is_fitted_to_one_point_a_size():
+    points = points_of("mha", lambda i, P: 5 * P ** -0.05 * (1, 1.01, 0.99, 1)[i])
+    P = [scaling.parameters(each.best[0]) for each in points]
+    fit = stats.linregress(np.log(P), np.log([report.values(each.best)[0] for each in points]))
     wanted = f"{-fit.slope:.4f} ± {stats.t.ppf(0.975, 2) * fit.stderr:.4f}"
-    assert scaling.exponent(found)[0] == wanted
-    assert scaling.exponent(found * 3)[0] == wanted  # seeds that agree are no more evidence
+    assert scaling.exponent(points)[0] == wanted
+    more = [scaling.Point(each.best * 3, "") for each in points]
+    assert scaling.exponent(more)[0] == wanted  # seeds that agree are no more evidence
+    for lack in ("unfinished", "too few seeds"):
+        assert scaling.exponent([*points[:3], scaling.Point(points[3].best, lack)]) == [lack, ""]
+    assert scaling.exponent([*points[:3], scaling.NOTHING]) == ["unfinished", ""]
+
+
+def test_a_gap_over_sizes_has_an_interval_of_its_own():
+    wobble = (0.01, -0.02, 0.015, 0.0)  # of both alike: not in their difference
+    points = [points_of(name, lambda i, P, more=more: 5 - 0.3 * math.log10(P) + wobble[i] + more(i, P))
+              for name, more in (("mha", lambda i, P: 0), ("mfa", lambda i, P: 0.1 * math.log10(P) - (i == 1) / 1000),
+                                 ("mqa", lambda i, P: (-1) ** i / 1000))]
+    mha, mfa, mqa = points
+    slope, verdict, exponents = scaling.trend(mfa, mha)
+    assert verdict == "rises" and float(slope.split(" ± ")[0]) == pytest.approx(0.1, abs=0.01)
+    assert 0 < float(slope.split(" ± ")[1]) < 0.02
+    P = [(scaling.parameters(a.best[0]) * scaling.parameters(b.best[0])) ** 0.5 for a, b in zip(mfa, mha, strict=True)]
+    ratio = np.log([report.values(a.best)[0] / report.values(b.best)[0] for a, b in zip(mfa, mha, strict=True)])
+    assert exponents.split(" ± ")[0] == f"{-stats.linregress(np.log(P), ratio).slope:+.4f}"
+    assert scaling.trend(mha, mfa)[1] == "falls" and scaling.trend(mqa, mha)[1] == "not told apart from none"
+    short = [*mha[:3], scaling.Point(mha[3].best[:1], "too few seeds")]
+    assert scaling.trend(mfa, short) == ["", "too few seeds", ""]
+    assert scaling.trend([scaling.NOTHING, *mfa[1:]], short) == ["", "unfinished", ""]
+
+
+def test_a_size_is_done_with_its_whole_grid_and_all_seeds():
+    found = [record for record in all_done("scaling") if record.labels["name"] == "mha D32"]
+    assert (scaling.point(found).lacks, len(scaling.point(found).best)) == ("", 2)
+    assert scaling.point(found[1:]).lacks == "unfinished"  # all seeds are there, at a rate that may not be the best
+    assert scaling.point(found[:-1]).lacks == "too few seeds"
+    diverged = dataclasses.replace(found[-1], outcome="diverged", metrics={})
+    assert scaling.point([*found[:-1], diverged]).lacks == "too few seeds"
+
+
+def test_variants_are_compared_at_each_size(tmp_path):
+    found = all_done("scaling")
+    late = found[-1].labels["name"]  # its last seed is missing
+    first = next(record for record in found if record.labels["name"] == "mqa D64")  # and one rate of this
+    text = scaling.section([record for record in found[:-1] if record is not first], tmp_path)
+    chosen = {name: report.at_best_rate(runs) for name, runs in report.groups(found).items()}
+    cells = " | ".join(report.compared(chosen["mfa D32"], chosen["mha D32"], 2))
+    assert f"| mfa - mha, D = 32 | {cells} |" in text and "| mfa-kr - mfa, D = 128 |" in text
+    assert re.search(r"^\| mfa - mqa, D = 64 \|.*\| unfinished \|$", text, re.M)
+    assert re.search(r"^\| mfa - mqa \|  \| unfinished \|  \|$", text, re.M)
+    assert re.search(r"^\| mqa \| unfinished \|  \|$", text, re.M)
+    assert late == "mfa, C = 4H D128" and re.search(r"^\| mfa, C = 4H \| too few seeds \|  \|$", text, re.M)
+    assert re.search(r"^\| mfa - mha \| [+-]\d.\d{4} ± \d.\d{4} \|", text, re.M)
+    assert re.search(r"^\| best width of MFA \| mfa.*\| too few seeds \|$", text, re.M)
 
 
 def test_the_best_width_says_whether_it_is_told_apart_from_the_next():
-    one, two, four = (seeds_of(*losses) for losses in ((9.0, 9.1), (3.0, 3.1), (2.9, 3.1)))
-    chosen = {"mfa, C = H": {32: one}, "mfa": {32: two}, "mfa, C = 4H": {32: four}}
-    assert scaling.best_width(chosen, 32, 2) == "mfa, C = 4H (against mfa: not told apart)"
-    chosen["mfa, C = 4H"] = {32: one}
-    assert scaling.best_width(chosen, 32, 2) == "mfa (against mfa, C = H: lower)"
-    assert scaling.best_width(chosen, 32, 3) == scaling.best_width(chosen, 64, 2) == "too few seeds"
-    assert scaling.best_width({**chosen, "mfa, C = H": {}}, 32, 2) == "too few seeds"
+    one, two, four = (scaling.Point(seeds_of(*losses), "") for losses in ((9.0, 9.1), (3.0, 3.1), (2.9, 3.1)))
+    points = {"mfa, C = H": one, "mfa": two, "mfa, C = 4H": four}
+    assert scaling.best_width(points, 2) == "mfa, C = 4H (against mfa: not told apart)"
+    points["mfa, C = 4H"] = one
+    assert scaling.best_width(points, 2) == "mfa (against mfa, C = H: lower)"
+    for lack in ("unfinished", "too few seeds"):
+        assert scaling.best_width({**points, "mfa, C = H": scaling.Point(one.best, lack)}, 2) == lack
+    assert scaling.best_width({"mfa": two}, 2) == "unfinished"
 
 
 @each_study
@@ -407,7 +464,7 @@ def test_a_report_of_the_first_runs_has_no_verdict(name, count, tmp_path):
         listed = re.search(rf"[:;] {re.escape(run.labels['name'])} \([^)]*{part}", made)
         assert bool(listed) == (results(run) is None)
     assert not re.search("not told apart|lower|higher", made)
-    assert all(set(row.split("|")[2:-1]) == {" too few seeds "} for row in re.findall(r".*best width of MFA.*", made))
+    assert all(set(row.split("|")[2:-1]) == {" unfinished "} for row in re.findall(r".*best width of MFA.*", made))
 
 
 def test_the_rates_table_says_where_the_best_may_not_be_the_best():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from scipy import stats
 
 from experiments.studies import report
 from experiments.studies.records import Record
-from experiments.studies.study import SHORT_ROPE, Results, Run, Scale, Study, lower_rates, tuned
+from experiments.studies.study import SCALES, SHORT_ROPE, Results, Run, Scale, Study, lower_rates, tuned
 from mfa_jax import capacity
 from mfa_jax.config import ModelConfig, from_dict
 from mfa_jax.presets import matched, sized_model
@@ -25,6 +25,8 @@ SIZES = {"tiny": ((1, 32), (2, 64), (2, 96), (3, 128)), "nano": ((3, 64), (4, 96
 VARIANTS = ("mfa", "mha", "mfa-kr", "mla", "mqa")
 WIDTHS = {"mfa, C = H": 1, "mfa": 2, "mfa, C = 4H": 4}
 """MFA's C = Q over MHA's head width."""
+PAIRS = (("mfa", "mha"), ("mfa", "mla"), ("mfa", "mqa"), ("mfa-kr", "mfa"))
+"""Variants that are compared at each size."""
 
 
 def plan(scale: Scale, results: Results) -> list[Run]:
@@ -46,29 +48,67 @@ def models(layers: int, width: int) -> dict[str, ModelConfig]:
 
 
 def section(found: Sequence[Record], folder: Path) -> str:
-    """Losses by size, exponents with intervals, the best width at each size, rates, and the curves."""
-    sizes = sorted({record.labels["size"] for record in found})
-    chosen: dict[str, dict[int, list[Record]]] = {}
+    """Losses by size, exponents, variants against each other at each size and over sizes, rates, and the curves."""
+    sizes = [width for _, width in SIZES[SCALES[found[0].scale].preset]]
+    points: Points = {}
     for runs in report.groups(found).values():
-        chosen.setdefault(family(runs[0]), {})[runs[0].labels["size"]] = report.at_best_rate(runs)
-    rows, exponents = [], []
-    for name, by_size in chosen.items():
-        rows.append([name, *(report.spread(report.values(by_size.get(size, []))) for size in sizes)])
-        exponents.append([name, *exponent([run for runs in by_size.values() for run in runs])])
-    best = [best_width(chosen, size, report.planned_seeds(found)) for size in sizes]
-    table = report.table(["bits per byte on books-test", *(f"D = {size}" for size in sizes)],
-                         [*rows, ["best width of MFA", *best]])
-    fits = report.table(["loss = a P^-b", "b, 95 % interval", "residual, bits per byte"], exponents)
-    return "\n\n".join([table, fits, report.rates_table(found), _picture(chosen, folder, found[0].scale)])
+        points.setdefault(family(runs[0]), dict.fromkeys(sizes, NOTHING))[runs[0].labels["size"]] = point(runs)
+    seeds = report.planned_seeds(found)
+    losses = report.table(
+        ["bits per byte on books-test", *(f"D = {size}" for size in sizes)],
+        [*([name, *(report.spread(report.values(by_size[size].best)) for size in sizes)]
+           for name, by_size in points.items()),
+         ["best width of MFA", *(best_width({name: points[name][size] for name in WIDTHS if name in points}, seeds)
+                                 for size in sizes)]])
+    fits = report.table(["loss = a P^-b", "b, 95 % interval", "residual, bits per byte"],
+                        [[name, *exponent(list(by_size.values()))] for name, by_size in points.items()])
+    pairs = [(left, right) for left, right in PAIRS if left in points and right in points]
+    apart = report.table(
+        ["difference, bits per byte", *report.COMPARED, "loss of the first"],
+        [[f"{left} - {right}, D = {size}", *compared(points[left][size], points[right][size], seeds)]
+         for left, right in pairs for size in sizes])
+    trends = report.table(
+        ["difference over sizes", "more at ten times the parameters, bits per byte, 95 % interval", "trend",
+         "b of the first minus b of the second, 95 % interval"],
+        [[f"{left} - {right}", *trend(list(points[left].values()), list(points[right].values()))]
+         for left, right in pairs])
+    return "\n\n".join([losses, fits, apart, trends, report.rates_table(found),
+                        _picture(points, folder, found[0].scale)])
 
 
-def best_width(chosen: dict[str, dict[int, list[Record]]], size: int, seeds: int) -> str:
-    """The width of MFA with the lowest mean loss at a size, and how it compares with the next; none before all ran."""
-    runs = {name: chosen.get(name, {}).get(size, []) for name in WIDTHS}
-    if min(map(len, runs.values())) < seeds:
-        return "too few seeds"
-    winner, second = sorted(runs, key=lambda name: float(np.mean(report.values(runs[name]))))[:2]
-    return f"{winner} (against {second}: {report.compared(runs[winner], runs[second], seeds)[-1]})"
+# ---- one model -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A variant or width at one size."""
+
+    best: list[Record]
+    """Its records at the best rate."""
+    lacks: str
+    """Why nothing is concluded from it yet; empty where nothing is missing."""
+
+
+Points = dict[str, dict[int, Point]]
+"""By variant or width, and by size."""
+LACKS = ("unfinished", "too few seeds")
+"""Rates of the grid, then seeds."""
+NOTHING = Point([], LACKS[0])
+
+
+def point(runs: Sequence[Record]) -> Point:
+    """What the records of one model come to. A seed that diverged is missing for good, as in `report.compared`."""
+    scale, best = lower_rates(SCALES[runs[0].scale]), report.at_best_rate(runs)
+    rates = {run.labels["learning_rate"] for run in runs if run.labels["seed"] == scale.seeds[0]}
+    if set(scale.learning_rates) - rates:
+        return Point(best, LACKS[0])
+    return Point(best, LACKS[1] if len(best) < len(scale.seeds) else "")
+
+
+def lacking(points: Iterable[Point]) -> str:
+    """What one of them lacks, the grid before seeds; empty where all are done."""
+    found = {each.lacks for each in points}
+    return next((lack for lack in LACKS if lack in found), "")
 
 
 def family(record: Record) -> str:
@@ -81,34 +121,75 @@ def parameters(run: Record) -> int:
     return capacity.model_parameters(from_dict(ModelConfig, run.config["model"])).non_embedding
 
 
-def exponent(runs: Sequence[Record]) -> list[str]:
-    """Two cells: b of the power law, by least squares of the logarithms over sizes, and what it leaves.
+# ---- several ---------------------------------------------------------------------------------------------------
 
-    A size is one point, the mean over its seeds: that the law does not hold moves all seeds of a size alike, so that
+
+def best_width(points: dict[str, Point], seeds: int) -> str:
+    """The width of MFA with the lowest mean loss at a size, and how it compares with the next; none before all ran."""
+    if lack := lacking(points.get(name, NOTHING) for name in WIDTHS):
+        return lack
+    winner, second = sorted(points, key=lambda name: float(np.mean(report.values(points[name].best))))[:2]
+    return f"{winner} (against {second}: {report.compared(points[winner].best, points[second].best, seeds)[-1]})"
+
+
+def compared(left: Point, right: Point, seeds: int) -> list[str]:
+    """As `report.compared`, with no verdict before all rates and seeds of both are done."""
+    *cells, verdict = report.compared(left.best, right.best, seeds)
+    return [*cells, lacking([left, right]) or verdict]
+
+
+def fitted(P: Sequence[float], values: Sequence[float]) -> tuple[float, float, float]:
+    """Slope of values against `ln P` by least squares, half width of its 95 % interval, and intercept.
+
+    A size is one point, the mean over its seeds: that a law does not hold moves all seeds of a size alike, so that
     more of them are no more evidence for it. The interval has `sizes - 2` degrees of freedom.
     """
-    by_size: dict[int, list[float]] = {}
-    for run in runs:
-        by_size.setdefault(parameters(run), []).extend(report.values([run]))
-    P, losses = list(by_size), [float(np.mean(values)) for values in by_size.values()]
-    if len(P) < 3:
-        return ["too few sizes", ""]
-    fit = stats.linregress(np.log(P), np.log(losses))
-    half = float(stats.t.ppf(0.975, len(P) - 2)) * fit.stderr
-    left = np.array(losses) - np.exp(fit.intercept) * np.array(P, float) ** fit.slope
-    return [f"{-fit.slope:.4f} ± {half:.4f}", f"{math.sqrt(np.mean(left**2)):.4f}"]
+    x, y = np.log(P), np.array(values)
+    apart = x - x.mean()
+    slope = float(apart @ y / (apart @ apart))
+    intercept = float(y.mean() - slope * x.mean())
+    left = y - intercept - slope * x
+    error = math.sqrt(left @ left / (len(P) - 2) / (apart @ apart))
+    return slope, float(stats.t.ppf(0.975, len(P) - 2)) * error, intercept
 
 
-def _picture(chosen: dict[str, dict[int, list[Record]]], folder: Path, scale: str) -> str:
+def exponent(points: Sequence[Point]) -> list[str]:
+    """Two cells: b of the power law, by least squares of the logarithms over sizes, and what it leaves."""
+    if lack := lacking(points):
+        return [lack, ""]
+    P, losses = [parameters(each.best[0]) for each in points], _means(points)
+    slope, half, intercept = fitted(P, np.log(losses))
+    left = losses - np.exp(intercept) * np.array(P, float) ** slope
+    return [f"{-slope:.4f} ± {half:.4f}", f"{math.sqrt(np.mean(left**2)):.4f}"]
+
+
+def trend(left: Sequence[Point], right: Sequence[Point]) -> list[str]:
+    """Three cells: how much larger a difference is at ten times the parameters, whether that is told apart from none,
+    and the difference of the exponents. Differences are taken size by size: what moves both sides is in neither."""
+    if lack := lacking([*left, *right]):
+        return ["", lack, ""]
+    P = [math.sqrt(parameters(a.best[0]) * parameters(b.best[0])) for a, b in zip(left, right, strict=True)]
+    slope, half, _ = fitted(P, _means(left) - _means(right))
+    exponents, width, _ = fitted(P, np.log(_means(right)) - np.log(_means(left)))
+    verdict = "not told apart from none" if abs(slope) <= half else "falls" if slope < 0 else "rises"
+    return [f"{slope * math.log(10):+.4f} ± {half * math.log(10):.4f}", verdict, f"{exponents:+.4f} ± {width:.4f}"]
+
+
+def _means(points: Sequence[Point]) -> np.ndarray:
+    return np.array([np.mean(report.values(each.best)) for each in points])
+
+
+def _picture(points: Points, folder: Path, scale: str) -> str:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    ticks = {size: parameters(runs[0]) for by_size in chosen.values() for size, runs in by_size.items() if runs}
-    for name, by_size in chosen.items():
-        groups = [runs for runs in by_size.values() if runs]
-        points = [(parameters(runs[0]), float(np.mean(report.values(runs)))) for runs in groups]
-        for axes, there in ((left, name in VARIANTS), (right, name in WIDTHS)):
-            if there and points:
-                axes.plot(*zip(*points, strict=True), "o-", label=name)
+    ticks: dict[int, int] = {}
+    for name, by_size in points.items():
+        there = {size: each for size, each in by_size.items() if each.best}
+        ticks |= {size: parameters(each.best[0]) for size, each in there.items()}
+        drawn = [(parameters(each.best[0]), float(np.mean(report.values(each.best)))) for each in there.values()]
+        for axes, shown in ((left, name in VARIANTS), (right, name in WIDTHS)):
+            if shown and drawn:
+                axes.plot(*zip(*drawn, strict=True), "o-", label=name)
     for axes, title in ((left, "variants"), (right, "widths of MFA")):
         axes.set(xscale="log", xlabel="parameters beside the embedding", title=title)
         axes.set_xticks(list(ticks.values()), [f"{tick / 1e6:.2g} M" for tick in ticks.values()])
