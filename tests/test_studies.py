@@ -38,6 +38,7 @@ from experiments.studies import (
     scaling,
 )
 from experiments.studies.catalog import STUDIES
+from experiments.studies.factorization import start
 from experiments.studies.long_context import measurements, tasks
 from experiments.studies.records import Record
 from experiments.studies.study import SCALES, Run, Scale, identity, make_run, results_of, tuned
@@ -323,6 +324,80 @@ def test_shapes_are_compared_with_the_papers(tmp_path):
     assert re.search(rf"^\| {first} \|.*\|  \|  \|  \|$", text, re.M) and f"against {first}" in text
 
 
+def shape_of(name: str, TER: int, SLSD: int, FRH: int, cache: int, *losses: float) -> factorization.Shape:
+    return factorization.Shape(name, dict(zip(factorization.MEASURES, (TER, SLSD, FRH, cache), strict=True)),
+                               seeds_of(*losses))
+
+
+def test_shapes_are_compared_where_other_measures_are_equal():
+    wide, few, many = (shape_of("wide", 128, 64, 32, 256, 2.0, 2.1), shape_of("few", 128, 32, 32, 128, 2.2, 2.3),
+                       shape_of("many", 256, 32, 32, 128, 2.4, 2.41))
+    narrow = shape_of("narrow", 192, 32, 16, 128, 3.0, 3.1)  # of the same SLSD, but of another FRH
+    rows = factorization.at_equal([many, wide, few, narrow], 2).splitlines()[2:]
+    wanted = [("SLSD = 32, FRH = 32: many - few", "TER 256, 128", many, few),
+              ("TER = 128: wide - few", "SLSD 64, 32; cached bytes a token 256, 128", wide, few)]
+    assert rows == [f"| {' | '.join([name, differ, *report.compared(one.runs, other.runs, 2)])} |"
+                    for name, differ, one, other in wanted]
+    follows = factorization._follows([many, wide, few, narrow]).splitlines()[2:]
+    assert follows == ["| 4 shapes | +0.74 | too few values | too few values |",
+                       "| 2 shapes with SLSD = 32, FRH = 32 | too few values | all equal | all equal |"]
+
+
+def test_the_frontier_is_the_best_of_each_cache_against_the_best_with_less():
+    small, best, worse = (shape_of("small", 1, 1, 1, 64, 2.0, 2.01), shape_of("best", 1, 1, 1, 128, 1.8, 1.81),
+                          shape_of("worse", 1, 1, 1, 128, 2.2, 2.21))
+    large = shape_of("large", 1, 1, 1, 256, 1.79, 1.83)
+    rows = [row.split(" | ") for row in factorization.frontier([large, worse, small, best], 2).splitlines()[2:]]
+    assert [row[:3] for row in rows] == [["| 64", "1", "small"], ["| 128", "2", "best"], ["| 256", "1", "large"]]
+    assert [(row[4], row[-1].rstrip(" |")) for row in rows] == [
+        ("none", ""), ("small", "lower"), ("best", "not told apart")]
+
+
+def test_shapes_stand_beside_what_caches_as_much(tmp_path):
+    folder, found = tmp_path / "factorization", all_done("factorization")
+    folder.mkdir()
+    assert "No run of another variant" in factorization.section(found, folder)
+    others = all_done("cache_quality")
+    text = {"digest": "1"}
+    strange = [dataclasses.replace(record, text={"digest": "2"}) for record in others]
+    for record in strange:
+        records.append(tmp_path / "cache_quality", record)
+    ours = [dataclasses.replace(record, text=text) for record in found]
+    assert "No run of another variant" in factorization.section(ours, folder)
+    for record in others:
+        records.append(tmp_path / "cache_quality", dataclasses.replace(record, text=text))
+    made = factorization.section(ours, folder)
+    shapes, variants = (
+        {name: report.at_best_rate(runs) for name, runs in report.groups(each).items()} for each in (found, others))
+    name = next(name for name, runs in shapes.items() if runs[0].config["model"]["attention"]["latent_dim"] == 8)
+    assert f"| {name} - mqa | 64 | {' | '.join(report.compared(shapes[name], variants['mqa'], 2))} |" in made
+    assert " - mfa |" not in made and " - mha |" not in made and " - gqa | 128 |" in made
+
+
+def test_ranks_before_training_are_of_the_runs_that_are_shown(tmp_path):
+    found = all_done("factorization")
+    chosen = [report.at_best_rate(runs) for runs in report.groups(found).values()]
+    ranks = {run.run: {"W_effective_rank": 10.0 + i, "U_effective_rank": 12.0}
+             for runs in chosen[:2] for i, run in enumerate(runs)}
+    ranks.pop(chosen[1][1].run)
+    (tmp_path / factorization.START).write_text(json.dumps({"ranks": {"tiny": ranks}}))
+    text = factorization.section(found, tmp_path)
+    first, second = (runs[0].labels["name"] for runs in chosen[:2])
+    assert re.search(rf"^\| {first} \|.*\| 10.5, 3.0 \| 12.0, 4.0 \|", text, re.M)
+    assert re.search(rf"^\| {second} \|.*\| not measured, 3.0 \| not measured, 4.0 \|", text, re.M)
+
+
+@pytest.mark.slow
+def test_the_ranks_before_training_are_those_of_the_recorded_runs():
+    folder = ROOT / "experiments" / "studies" / "factorization"
+    committed = json.loads((folder / factorization.START).read_text())["ranks"]["nano"]
+    shapes = report.groups(records.read(folder)).values()
+    shown = [report.at_best_rate(runs) for runs in shapes]
+    assert committed.keys() == {run.run for runs in shown for run in runs}
+    found = start.starting_ranks(shown[0][:1])
+    assert found == {name: pytest.approx(committed[name], rel=1e-3) for name in found}
+
+
 def test_a_spike_is_a_jump_above_what_was_before_it():
     run = make_run(TINY, "zero", model_preset("tiny-mfa-kr"), 4e-3, 0)
     noisy = [3 - i / 50 + (-1) ** i / 10 for i in range(40)]
@@ -602,6 +677,40 @@ def test_a_study_runs_to_its_end_once_with_real_models_and_caches(tmp_path, monk
     assert capsys.readouterr().err.splitlines()[-1].startswith("2/2 tiny mfa-kr-lr0.008-seed1: finished")
     runner.work_through(study, SHORT, folders)
     assert records.read(folders.results) == found
+
+
+MEASURED = {
+    "factorization": factorization.RANKS,
+    "positions": tuple(map(positions.name_of, positions.LENGTHS)),
+    "long_context": ("position_edges", "position_bits", "needle_bits", *measurements.RECALL),
+}
+"""What each study measures besides what all do."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_first_run_of_a_study_is_measured_and_reported(name, tmp_path, monkeypatch):
+    own_corpus(tmp_path, monkeypatch, words=13_000)  # books that are long enough for `long_context`
+    scale = dataclasses.replace(TINY, steps=8, valid_batches=1, test_batches=2)
+    monkeypatch.setitem(SCALES, "tiny", scale)
+    study = STUDIES[name]
+    run = study.plan(scale, lambda run: None)[0]
+    text = corpus.prepared(scale.train, tmp_path / "text")
+    record = runner.execute(study, scale, text, run, tmp_path / "run")
+    assert (record.outcome, record.scale, record.run) == ("finished", "tiny", run.name), record.note
+    shared = {"valid_bits_per_byte", "test_bits_per_byte", "parameters", "cache_bytes_per_token"}
+    assert record.metrics.keys() == shared | set(MEASURED.get(name, ()))
+    assert all(np.all(np.isfinite(value)) for value in record.metrics.values())
+    assert 0 < record.metrics["test_bits_per_byte"] < 9 and record.curve["step"][-1] == run.config.steps
+    records.append(tmp_path / name, record)
+    assert records.read(tmp_path / name) == [record]
+    page = report.write(study, tmp_path / name, ROOT / "experiments" / "studies" / name).read_text()
+    shown = {"positions": "bits_per_byte_at_1x", "long_context": "position_bits"}.get(name, "test_bits_per_byte")
+    value = record.metrics[shown]
+    cell = f"{value[0]:.3f}" if name == "long_context" else f"{value:.4f} (1)"
+    label = scaling.family(record) if name == "scaling" else run.labels["name"]
+    assert re.search(rf"^\| {label} \|.*{re.escape(cell)}", page.split(report.BEGIN)[1], re.M)
+    assert f"1 runs of {run.config.steps} steps" in page and (tmp_path / name / "tiny.png").exists()
 
 
 @pytest.mark.slow
