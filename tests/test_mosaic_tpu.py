@@ -59,6 +59,21 @@ def test_no_race_and_no_garbage_at_any_border(mode: str, variant: str, encoding:
     assert interpret_pallas_call.races.races_found is False
 
 
+@pytest.mark.parametrize(("variant", "encoding", "dtype", "chip"), [
+    ("mfa", "alibi", jnp.float32, "TPU v5e"), ("mfa_kr", "rope", jnp.float32, "TPU v5p"),
+    ("mfa", "alibi", jnp.int8, "TPU v5p"), ("mfa_kr", "rope", jnp.int8, "TPU v5e")])
+def test_whole_blocks_of_several_parts(variant: str, encoding: str, dtype: Any, chip: str) -> None:
+    """Production's blocks have 2 to 8 parts; 512 queries have the smallest there are. A block is whole from the length
+    on at which the first drafted token sees its last key."""
+    block, T = 3 * 128, 8
+    lengths = (block - 1, block + T - 2, block + T - 1, 2 * block, 2 * block + T - 1)
+    call = make(variant, encoding, dtype=dtype, lengths=lengths, S=2 * block + 32, T=T, N=64)
+    plan = tpu_plan.make_plan(*(call[name] for name in "qkv"), rope=encoding == "rope", alibi=encoding == "alibi",
+                              value_width=None, chip=tpu_plan.CHIPS[chip], block=block)
+    assert (plan.part, plan.block) == (128, block)
+    assert_equals_the_loop(call, run(call, chip=chip, block=block))
+
+
 def test_int8_keys_turn_in_bfloat16_where_vectors_can() -> None:
     """A key's turn is four roundings of 2 ** -9, beside those of the other backends (see `test_kernels`)."""
     lengths = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK)
