@@ -34,12 +34,20 @@ def fresh_interpreter() -> Iterator[None]:
     pltpu.reset_tpu_interpret_mode_state()
 
 
-def run(call: dict[str, Any], interpret: Any = None, chip: str | None = None, block: int = BLOCK) -> tuple[Any, Any]:
+def run(
+    call: dict[str, Any], interpret: Any = None, chip: str | None = None, block: int | None = BLOCK
+) -> tuple[Any, Any]:
     static = {"scale": call["scale"], "value_width": call.get("value_width"), "block": block, "chip": chip,
               "interpret": interpret or pltpu.InterpretParams()}
     options = {name: call.get(name) for name in ("alibi_slopes", "k_scale", "v_scale")}
     arrays = {**{name: call[name] for name in ("q", "k", "v", "lengths")}, "inv_freq": call.get("rope"), **options}
     return jax.jit(functools.partial(mosaic_tpu.decode_attention, **static))(**arrays)
+
+
+def plan_of(call: dict[str, Any], chip: str = "TPU v5e", block: int | None = None) -> tpu_plan.Plan:
+    k, v = (None if call[name] is None else call[name][:, None] for name in ("k", "v"))
+    return tpu_plan.make_plan(call["q"], k, v, rope="rope" in call, alibi="alibi_slopes" in call,
+                              value_width=call.get("value_width"), chip=tpu_plan.CHIPS[chip], block=block)
 
 
 def assert_equals_the_loop(call: dict[str, Any], found: tuple[Any, Any], tolerance: float = 2e-5) -> None:
@@ -63,13 +71,11 @@ def test_no_race_and_no_garbage_at_any_border(mode: str, variant: str, encoding:
     ("mfa", "alibi", jnp.float32, "TPU v5e"), ("mfa_kr", "rope", jnp.float32, "TPU v5p"),
     ("mfa", "alibi", jnp.int8, "TPU v5p"), ("mfa_kr", "rope", jnp.int8, "TPU v5e")])
 def test_whole_blocks_of_several_parts(variant: str, encoding: str, dtype: Any, chip: str) -> None:
-    """Production's blocks have 2 to 8 parts; 512 queries have the smallest there are. A block is whole from the length
-    on at which the first drafted token sees its last key."""
-    block, T = 3 * 128, 8
-    lengths = (block - 1, block + T - 2, block + T - 1, 2 * block, 2 * block + T - 1)
+    """As almost all real blocks are. Whole is a block from the length on at which the first drafted token sees it."""
+    block, T = 3 * 128, 2
+    lengths = (block - 1, block, block + 1, 2 * block, 2 * block + 1)
     call = make(variant, encoding, dtype=dtype, lengths=lengths, S=2 * block + 32, T=T, N=64)
-    plan = tpu_plan.make_plan(*(call[name] for name in "qkv"), rope=encoding == "rope", alibi=encoding == "alibi",
-                              value_width=None, chip=tpu_plan.CHIPS[chip], block=block)
+    plan = plan_of(call, chip, block)
     assert (plan.part, plan.block) == (128, block)
     assert_equals_the_loop(call, run(call, chip=chip, block=block))
 
@@ -158,8 +164,39 @@ def test_any_shape_equals_the_loop(data: st.DataObject) -> None:
 @pytest.mark.parametrize(("chip", "row_bytes", "keys"), [
     ("TPU v5e", 1024, 2048), ("TPU v5p", 512, 4096), ("TPU v6e", 1280, 2048), ("TPU v6e", 256, 8192)])
 def test_blocks_fill_a_slot(chip: str, row_bytes: int, keys: int) -> None:
-    assert tpu_plan.block_size(tpu_plan.CHIPS[chip], 2**15, row_bytes) == keys
-    assert tpu_plan.block_size(tpu_plan.CHIPS[chip], 200, row_bytes) == 256
+    assert tpu_plan.slot_keys(tpu_plan.CHIPS[chip], row_bytes) == keys
+
+
+@pytest.mark.parametrize(("S", "block", "part"), [
+    (32, 128, 128), (200, 256, 256), (384, 384, 384), (1536, 1536, 768), (1664, 1792, 896), (1904, 2048, 1024),
+    (1920, 1920, 640), (2032, 2048, 1024), (2048, 2048, 1024), (8192, 2048, 1024)])
+def test_a_cache_shorter_than_a_slot_is_one_block_of_few_parts(S: int, block: int, part: int) -> None:
+    """64 queries of 256 in bfloat16, whose slot has 2048 keys and whose parts have 1024."""
+    q, k = jax.ShapeDtypeStruct((1, 1, 64, 256), jnp.bfloat16), jax.ShapeDtypeStruct((1, 1, S, 256), jnp.bfloat16)
+    plan = tpu_plan.make_plan(q, k, k, rope=False, alibi=False, value_width=None, chip=tpu_plan.CHIPS["TPU v5e"])
+    assert (plan.block, plan.part) == (block, part)
+
+
+@pytest.mark.parametrize("most", [128, 512, 2048])
+def test_a_short_block_is_no_longer_than_a_slot(most: int) -> None:
+    """What its parts have beyond the cache is less than a tile of lanes each."""
+    for fill in (128, 2048, 8192):
+        for S in range(16, fill, 16):
+            block, part = tpu_plan.short_block(S, most)
+            parts, fewest = block // part, -(-S // most)
+            assert part % 128 == 0 and part <= most and block == parts * part
+            assert S <= block <= fill and block - S < 128 * parts
+            assert parts == fewest or (fewest < parts < 2 * fewest and block == S)
+
+
+@pytest.mark.parametrize(("variant", "encoding", "dtype", "S", "block"), [
+    ("mfa_kr", "rope", jnp.int8, 640, 768), ("mfa", "alibi", jnp.float32, 768, 768)])
+def test_a_short_block_of_two_parts(variant: str, encoding: str, dtype: Any, S: int, block: int) -> None:
+    """One reaches past the cache, one ends with it and is computed without masks where it is full."""
+    call = make(variant, encoding, dtype=dtype, lengths=(383, 384, 385, S - 1, S), S=S, N=128)
+    plan = plan_of(call)
+    assert (plan.block, plan.part) == (block, 384)
+    assert_equals_the_loop(call, run(call, block=None))
 
 
 def test_the_list_of_work_ends_with_the_lengths() -> None:
@@ -178,8 +215,9 @@ def test_every_case_compiles_and_copies_no_cache(chip: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [x["case"] for x in lines if not x["case"].startswith("generate")] == [*CASES, *BORDERS]
-    assert len(lines) == len(CASES) + len(BORDERS) + 6
+    assert [x["case"] for x in lines if not x["case"].startswith("generate")] == [
+        *CASES, *BORDERS, "MFA-KR 64x256 int8, 1664 tokens"]
+    assert len(lines) == len(CASES) + len(BORDERS) + 7
     for line in lines:
         moved = [x for x in line["copies"] if not ("int8" in line["case"] and x.startswith("reshape f32"))]
         assert not moved, line

@@ -42,7 +42,7 @@ def decode_attention(
     """`kernels.decode_attention` on a TPU; products take the type of `q`, sums and softmax are float32.
 
     Args:
-      block: keys of a block, a multiple of 128; None for `block_size`.
+      block: keys of a block, a multiple of 128; None for what `make_plan` chooses.
       chip: a name of `CHIPS`; None for the default device's, and for v5e where that is interpreted.
       interpret: False to compile, or `pltpu.InterpretParams`.
     """

@@ -83,10 +83,27 @@ def obstacle(call: Call, device: Device, interpret: bool = False) -> str | None:
     return None
 
 
-def block_size(chip: Chip, S: int, row_bytes: int) -> int:
-    """Keys of a block: those that fill a slot, a power of two, and no more than the cache has."""
-    keys = 2 ** round(math.log2(chip.slot_bytes / row_bytes))
-    return min(max(LANES, keys), -(-S // LANES) * LANES)
+def slot_keys(chip: Chip, row_bytes: int) -> int:
+    """Keys that fill a slot, a power of two."""
+    return max(LANES, 2 ** round(math.log2(chip.slot_bytes / row_bytes)))
+
+
+def part_keys(chip: Chip, M: int) -> int:
+    """Keys that fill the matrix unit with M rows of queries, a power of two."""
+    return max(LANES, chip.part // 2 ** math.ceil(math.log2(M)))
+
+
+def short_block(S: int, most: int) -> tuple[int, int]:
+    """Keys of the one block of a cache that is shorter than a slot, and of its parts of at most `most` keys.
+
+    The fewest equal parts: each is a chain of some 500 cycles in a loop, and what reaches past the cache is masked as
+    what is past a length is. Less than twice as many are taken where they end with the cache, since no other block can
+    be computed without masks, as that of a full shard is.
+    """
+    fewest = -(-S // most)
+    parts = next((n for n in range(fewest, 2 * fewest) if S % (n * LANES) == 0), fewest)
+    part = -(-S // (parts * LANES)) * LANES
+    return parts * part, part
 
 
 def make_plan(
@@ -96,9 +113,13 @@ def make_plan(
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
     row_bytes = sum(-(-x.shape[-1] // LANES) * LANES * x.dtype.itemsize for x in (k, v) if x is not None)
-    block = block or block_size(chip, S, row_bytes)
     M = -(-T * N // K // TILE) * TILE
-    part = math.gcd(block, max(LANES, chip.part // 2 ** math.ceil(math.log2(M))))
+    most, fill = part_keys(chip, M), slot_keys(chip, row_bytes)
+    if block is None and S < fill:
+        block, part = short_block(S, most)
+    else:
+        block = block or fill
+        part = math.gcd(block, most)
     h = v.shape[-1] if v is not None else value_width or H
     quantized = k.dtype == jnp.int8
     # Of a normal key of 256, int8 is off by 0.70 %, a turn in float32 (rounded once) by 0.16 %, one in bfloat16 by
