@@ -26,7 +26,7 @@ HERE = [name for name, backend in IMPLEMENTATIONS.items() if backend.obstacle(CA
 """What serves on this machine."""
 backends = pytest.mark.parametrize("backend", HERE)
 variants = pytest.mark.parametrize("variant", VARIANTS)
-LENGTHS = (0, 1, 255, 256, 257, 300)
+LENGTHS = (0, 1, 255, 256, 257, 384)
 
 
 def rotated(x: np.ndarray, position: int, inv_freq: np.ndarray) -> np.ndarray:
