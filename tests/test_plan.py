@@ -419,6 +419,15 @@ needs_libtpu = pytest.mark.skipif(compiler.libtpu() is None, reason="the compile
 
 @pytest.mark.slow
 @needs_libtpu
+def test_a_slice_that_the_compiler_refuses_is_told_with_those_there_are() -> None:
+    done = command(*(word.replace("v5e:2x2", "v5p:3x3x3") for word in REQUEST))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: topology='v5p:3x3x3': the compiler does not know it (")
+    assert ", ".join(f"v5p:{shape}" for shape in ("2x2x1", "2x2x2", "2x2x4")) in done.stderr
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_a_real_training_step_against_the_closed_forms() -> None:
     """A model whose parts fill most of their tiles of memory: of tiny's, most of a tile would be padding."""
     request = [word.replace("tiny", "small") for word in REQUEST]
