@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import re
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from mfa_jax import axes
@@ -18,6 +18,7 @@ from mfa_jax.cache import Cache, KeyCache, KVCache, SharedKVCache, allocate
 from mfa_jax.kernels import IMPLEMENTATIONS, xla
 from mfa_jax.kernels.decode import Backend
 from mfa_jax.kernels.sharded import LAYOUTS, ROW_AXES, choose
+from mfa_jax.plan import costs, hlo
 from mfa_jax.positions import rope_table, rotate
 
 B, N, S, C = 8, 8, 16, 8
@@ -104,24 +105,44 @@ def test_a_row_past_its_end_is_refused_on_a_mesh_as_without_one() -> None:
             cached_attention(q, cache, new, serving=Serving(), **options)
 
 
-@pytest.mark.parametrize(("layout", "share", "exchanged"), [
-    ("heads", 1, set()), ("batch", 4, {"all-to-all"}), ("sequence", 4, {"all-gather", "all-reduce", "reduce-scatter"}),
+def exchanged(layout: str, sizes: tuple[int, ...], variant: str) -> dict[str, int]:
+    """Bytes of what is gathered, reduced and scattered, or held for an all-to-all, in float32."""
+    context, t = sizes[-2:]
+    rows, heads, h = B // sizes[0], N // t, C - 2 if variant == "mla" else C
+    slopes = 0 if variant == "mfa_kr" else N
+    kinds = {
+        "heads": {},
+        "batch": {"all-to-all": rows * heads * (C + h), "all-gather": slopes},
+        "sequence": {"all-gather": rows * N * C + slopes, "all-reduce": 2 * rows * N, "reduce-scatter": rows * N * h},
+    }[layout]
+    if context > 1:
+        # The average, and its maximum and total where no other axis has merged them.
+        merged = {"heads": rows * heads * (h + 2), "batch": rows // t * N * (h + 2), "sequence": rows * heads * h}
+        kinds["all-reduce"] = kinds.get("all-reduce", 0) + merged[layout]
+    return {kind: 4 * size for kind, size in kinds.items() if size}
+
+
+@pytest.mark.parametrize(("variant", "dtype", "sizes", "layout", "share"), [
+    ("mfa", "float32", (2, 1, 1, 1, 4), "heads", 2), ("mfa", "float32", (2, 1, 1, 1, 4), "batch", 8),
+    ("mfa", "float32", (2, 1, 1, 1, 4), "sequence", 8), ("mfa_kr", "int8", (2, 1, 1, 1, 4), "batch", 8),
+    ("mla", "float32", (2, 1, 1, 1, 4), "sequence", 8), ("mfa", "int8", (1, 1, 1, 2, 4), "sequence", 8),
+    ("mfa_kr", "float32", (1, 1, 1, 2, 4), "heads", 2), ("mla", "int8", (1, 1, 1, 2, 4), "batch", 8),
 ])
-def test_a_device_holds_and_exchanges_what_the_table_says(layout: str, share: int, exchanged: set[str]) -> None:
-    q, cache, new, options = make("mfa", 1, "float32")
-    mesh = axes.make_mesh((2, 1, 1, 1, 4))
-    with jax.set_mesh(mesh):
+def test_a_device_holds_and_exchanges_what_the_table_says(
+    variant: str, dtype: str, sizes: tuple[int, ...], layout: str, share: int
+) -> None:
+    """Nothing of the cache moves, and of the new tokens nothing: they are given to all."""
+    q, cache, new, options = make(variant, 1, dtype)
+    with jax.set_mesh(axes.make_mesh(sizes)):
         step = jax.jit(lambda *a: cached_attention(*a, serving=Serving(layout=layout), **options))
         _, placed = step(q, cache, new)
-        text = step.lower(q, placed, new).compile().as_text()
-    found = set(re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text))
-    held = {sum(x.addressable_shards[i].data.nbytes for x in placed.streams) for i in range(8)}
-    assert held == {cache.nbytes // 2 // share}
-    # Placing the new tokens may gather them; nothing of the cache's size moves.
-    assert exchanged <= found <= exchanged | {"all-gather"}
-    moved = [int(np.prod([int(n) for n in shape.split(",")])) for shape in re.findall(
-        r"f32\[([\d,]+)\]\S* (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", text)]
-    assert max(moved, default=0) <= q.size
+        found = costs.count(hlo.parse(step.lower(q, placed, new).compile().as_text()))
+    arrays = [x for x in (*placed.streams, *placed.scales) if x is not None]
+    assert {sum(x.addressable_shards[i].data.nbytes for x in arrays) for i in range(8)} == {cache.nbytes // share}
+    moved = collections.Counter[str]()
+    for collective, times in found.collectives:
+        moved[collective.kind] += times * collective.nbytes
+    assert moved == exchanged(layout, sizes, variant)
 
 
 @pytest.mark.parametrize(("sizes", "shape", "name"), [
