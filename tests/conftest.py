@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # The suite is about CPU results; JAX_PLATFORMS=cuda (or tpu) in the environment runs it elsewhere.
@@ -16,6 +17,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0" + (
 import jax
 import pytest
 from hypothesis import settings
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -30,6 +32,17 @@ install_import_hook("mfa_jax", "shapecheck.typechecked")
 # The same examples in every run, and no deadline: the first example of a test pays for compilation.
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True)
+def compiles_for_itself() -> Iterator[None]:
+    """A test that keeps compiled programs (`experiments.conversion` does) keeps none of the tests after it: XLA's CPU
+    client has died of writing one of theirs."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    yield
+    if jax.config.values["jax_compilation_cache_dir"] != before:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
