@@ -146,13 +146,14 @@ def open_model(
 
 
 def decode_kernel(
-    config: ModelConfig, implementation: DecodeKernel | None, capacity: int, cache_dtype: str | None, rows: int = 1
+    config: ModelConfig, implementation: DecodeKernel | None, capacity: int, cache_dtype: str | None,
+    rows: int | None = None,
 ) -> tuple[ModelConfig, str]:
     """The config with the decode kernel that was asked for (None: its own), and the name of what serves it here.
 
     Args:
       capacity: tokens that a row of the cache holds, of which a device of the ambient mesh may have a part.
-      rows: of the batch, which say how the cache is split.
+      rows: of the batch, which say how the mesh splits the cache; None where batches differ: as on one device.
 
     Raises:
       ValueError: a layout that can't split this cache.
@@ -160,9 +161,9 @@ def decode_kernel(
     """
     if implementation is not None:
         config = dataclasses.replace(config, decode_implementation=implementation)
-    attention, sizes = config.attention, sharded.mesh_sizes() or {}
+    attention, sizes = config.attention, {} if rows is None else sharded.mesh_sizes() or {}
     K = attention.num_kv_heads if isinstance(attention, GQAConfig) else 1
-    layout = sharded.choose(sizes, B=rows, N=attention.num_heads, K=K, S=capacity, layout=config.decode_layout)
+    layout = sharded.choose(sizes, B=rows or 1, N=attention.num_heads, K=K, S=capacity, layout=config.decode_layout)
     call = decode_call(attention, config.position, capacity=capacity // math.prod(sizes[a] for a in layout.sequence),
                        dtype=config.dtype, cache_dtype=cache_dtype or config.dtype)
     if K == 1 and layout.name == "heads":  # a call is of one key head, of which this device has some of the heads

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.opening import decode_kernel
 from mfa_jax import axes
 from mfa_jax.config import ModelConfig, MoEConfig
 from mfa_jax.data import ByteTokenizer
@@ -302,3 +303,12 @@ def test_on_cpus_no_narrow_cache_is_made_wide(variant: str, dtype: str) -> None:
         return re.findall(r"= f32\[[\d,]*\b4096,[\d,]*\]", program.compile().as_text())
 
     assert wide(dtype) == [] and wide("float32") != []
+
+
+def test_the_kernel_of_a_script_is_that_of_a_devices_part_of_the_cache() -> None:
+    """Where batches differ, how a mesh splits them is not asked: a layout that one row has not may be that of more."""
+    config = dataclasses.replace(model_config("mfa"), decode_layout="batch")
+    with jax.set_mesh(axes.make_mesh((1, 1, 1, 1, 2), jax.devices()[:2])):
+        assert decode_kernel(config, None, 64, None)[1] == decode_kernel(config, None, 64, None, rows=2)[1] == "xla"
+        with pytest.raises(ValueError, match="layout='batch': needs one key head"):
+            decode_kernel(config, None, 64, None, rows=1)
