@@ -580,6 +580,25 @@ def test_checksum_by_hand_and_by_mesh() -> None:
             assert int(checksum(jax.device_put(values, NamedSharding(mesh_of(count), spec)))) == expected
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
+def test_checksums_on_one_cpu_take_the_memory_of_a_layer(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = jax.random.randint(jax.random.key(0), (6, 16, 64, 64), 0, 2**31 - 1).astype(dtype)
+    programs = []
+    compute = integrity._checksums
+
+    def spy(leaves: dict[str, jax.Array], *, by_layer: bool) -> object:
+        programs.append(compute.lower(leaves, by_layer=by_layer).compile())
+        assert all(leaf.unsafe_buffer_pointer() == given[path].unsafe_buffer_pointer() for path, leaf in leaves.items())
+        return compute(leaves, by_layer=by_layer)
+
+    monkeypatch.setattr(integrity, "_checksums", spy)
+    given = {"stacked": values, "single": values[0]}
+    found = integrity.describe(given)
+    assert {path: leaf[2] for path, leaf in found.items()} == {
+        path: int(checksum(leaf)) for path, leaf in given.items()}
+    assert programs[0].memory_analysis().temp_size_in_bytes < 3 * 4 * values[0].size
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "uint32", "float16"])
 def test_checksum_sees_every_flipped_bit_and_every_swap(dtype: str) -> None:
     values = np.arange(6).astype(dtype)

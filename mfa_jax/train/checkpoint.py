@@ -58,7 +58,11 @@ class Checkpoints:
       CheckpointWriteError: the folder cannot be created or written to.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, keep_last: int = 3, read_only: bool = False) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], *, keep_last: int = 3, read_only: bool = False,
+        file_bytes: int | None = None,
+    ) -> None:
+        """Args: file_bytes: of a data file; encoded, that much of each leaf waits in memory. None for orbax's 2 GiB."""
         require(keep_last >= 1, "keep_last", keep_last, "must be at least 1")
         self.folder = epath.Path(folder if "://" in os.fspath(folder) else os.path.abspath(folder))
         self.read_only = read_only
@@ -73,7 +77,7 @@ class Checkpoints:
                 except OSError as error:
                     raise CheckpointWriteError(error.errno, f"checkpoints cannot be written: {error.strerror}",
                                                str(self.folder)) from error
-            self._files = orbax_io.Manager(self.folder, self._keep, read_only=read_only)
+            self._files = orbax_io.Manager(self.folder, self._keep, read_only=read_only, file_bytes=file_bytes)
             self._manager = self._files.orbax
             opened.callback(self._manager.close)
             if not read_only:  # each step is then a question to all processes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -14,8 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
-from jaxtyping import Array, Shaped, UInt32
+from jaxtyping import Array, Shaped, UInt, UInt32
 
 from mfa_jax.config import require
 
@@ -68,19 +70,38 @@ def unreadable(error: Exception, place: str) -> UnreadableCheckpointError | None
         f"was moved: start again, and where it lasts, move the step out of its folder", str(file or place))
 
 
-def checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+def checksum(x: Shaped[Array, "..."], *, by_layer: bool = False) -> UInt32[Array, ""]:
     """`sum_i mix(word_i * (2 i c + 1)) mod 2^32` over the elements' bits, at positions `i` of the whole array.
 
     Integer sums do not depend on their order, so neither does the result on how `x` is sharded. For a fixed position
     the summand is a bijection of the word (odd multipliers, xor-shift): damage to a single word of up to 32 bits
     always shows; anything else escapes with a chance of about 2^-32.
+
+    Args:
+      by_layer: sum over the first axis of stacked layers one after the other. XLA's CPU compiler writes all summands
+        of a sum down, 4 bytes an element, where those for TPUs and GPUs add them up as they come; so it does with
+        numbers of another type than the summands', which are therefore to be given as `_bits`.
     """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
+    if not by_layer or x.ndim < 3:
+        return _sum_of(x, jnp.uint32(0))
+    size = jnp.uint32(math.prod(x.shape[1:]) % 2**32)
+
+    def add(carry: tuple[UInt32[Array, ""], UInt32[Array, ""]], layer: Shaped[Array, "..."]) -> tuple[Any, None]:
+        total, start = carry
+        return (total + _sum_of(layer, start), start + size), None
+
+    (total, _), _ = jax.lax.scan(add, (jnp.uint32(0), jnp.uint32(0)), x)
+    return total
+
+
+def _sum_of(x: Shaped[Array, "..."], start: UInt32[Array, ""]) -> UInt32[Array, ""]:
+    """Of elements the first of which has position `start`."""
     words = jax.lax.bitcast_convert_type(x, _WORDS[x.dtype.itemsize]).astype(jnp.uint32)
-    position = jnp.zeros(words.shape, jnp.uint32)
+    position = jnp.broadcast_to(start, words.shape)
     for axis in range(words.ndim):
         stride = jnp.uint32(math.prod(words.shape[axis + 1:]) % 2**32)
         position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
@@ -89,15 +110,22 @@ def checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
     return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
 
 
+def _bits(x: Shaped[Array, "..."]) -> UInt[Array, "..."]:
+    """What lies on one CPU device as numbers without a type: the same memory."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    return jax.device_put(np.asarray(x).view(_WORDS[x.dtype.itemsize]), x.sharding)
+
+
 def leaves_by_path(tree: Any) -> dict[str, Any]:
     """Leaves of a tree by readable path, `layers/attention/S_q`."""
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-@jax.jit
-def _checksums(leaves: dict[str, Any]) -> dict[str, UInt32[Array, ""]]:
-    return {path: checksum(leaf) for path, leaf in leaves.items()}
+@functools.partial(jax.jit, static_argnames="by_layer")
+def _checksums(leaves: dict[str, Any], *, by_layer: bool) -> dict[str, UInt32[Array, ""]]:
+    return {path: checksum(leaf, by_layer=by_layer) for path, leaf in leaves.items()}
 
 
 def describe(tree: Any) -> Leaves:
@@ -107,7 +135,10 @@ def describe(tree: Any) -> Leaves:
     may each wait in another one, for ever.
     """
     leaves = leaves_by_path(tree)
-    sums = jax.device_get(_checksums(leaves))
+    # Of several devices each layer's sum would be one that they meet for.
+    on_one = all([device.platform for device in leaf.sharding.device_set] == ["cpu"] for leaf in leaves.values())
+    given = {path: _bits(leaf) for path, leaf in leaves.items()} if on_one else leaves
+    sums = jax.device_get(_checksums(given, by_layer=on_one))
     return {path: [str(leaf.dtype), list(leaf.shape), int(sums[path])] for path, leaf in leaves.items()}
 
 

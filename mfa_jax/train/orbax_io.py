@@ -15,15 +15,15 @@ from mfa_jax.train import integrity
 from mfa_jax.train.integrity import META, DamagedCheckpointError
 from mfa_jax.train.keeping import Keep
 
-# On another mesh a process reads up to a chunk beside its own parts of an array.
-_SAVE = ocp.SaveArgs(chunk_byte_size=64 << 20)
+CHUNK = 64 << 20
+"""Bytes of a chunk at most: on another mesh a process reads up to a chunk beside its own parts of an array."""
 
 
 class Manager:
     """Orbax's manager of one folder, and whether its last save failed."""
 
-    def __init__(self, folder: epath.Path, keep: Keep, *, read_only: bool) -> None:
-        self._failed, self._caller = False, threading.get_ident()
+    def __init__(self, folder: epath.Path, keep: Keep, *, read_only: bool, file_bytes: int | None) -> None:
+        self._failed, self._caller, self._file_bytes = False, threading.get_ident(), file_bytes
         # Directories made asynchronously: a read-only folder would block the process for five minutes at exit.
         self.orbax = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(
             create=not read_only, preservation_policy=keep, async_options=ocp.AsyncOptions(
@@ -42,9 +42,11 @@ class Manager:
     def save(self, step: int, items: Mapping[str, Any], document: Mapping[str, Any]) -> None:
         """Starts to write trees of arrays and the JSON about them."""
         self._failed, self._caller = False, threading.get_ident()
-        args = ocp.args.Composite(**{name: ocp.args.StandardSave(tree, jax.tree.map(lambda _: _SAVE, tree))
-                                     for name, tree in items.items()},
-                                  **{META: ocp.args.JsonSave(integrity.sealed(document))})
+        chunked = ocp.SaveArgs(chunk_byte_size=CHUNK)
+        trees = {name: ocp.args.PyTreeSave(tree, jax.tree.map(lambda _: chunked, tree),
+                                           ocdbt_target_data_file_size=self._file_bytes)
+                 for name, tree in items.items()}
+        args = ocp.args.Composite(**trees, **{META: ocp.args.JsonSave(integrity.sealed(document))})
         if not self.orbax.save(step, args=args, force=True):
             raise RuntimeError(f"orbax did not save step {step}")
 
