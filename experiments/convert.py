@@ -12,6 +12,9 @@ the calibration text, and the output projections refitted (`mfa_jax.convert.redu
 way of the literature to compare it with (`mfa_jax.convert.plain`). What is written is the folder of a
 run that has not been trained: `experiments.decode`, `experiments.check_parity` and `load_trained` read it. Layers that
 are done are kept beside it, in `OUT.unfinished`, so that the same command goes on after an interruption.
+
+Memory: what one layer takes, and the embedding table. Both models lie in files beside `OUT` that have no name and go
+with the process; they are mapped, which `peak_bytes` counts in, and the system may drop such pages at any time.
 """
 
 from __future__ import annotations
@@ -35,7 +38,6 @@ import tyro
 from etils import epath
 
 from experiments import cli
-from mfa_jax import axes
 from mfa_jax.capacity import cache_elements_per_token, model_parameters
 from mfa_jax.config import DType, GQAConfig, ModelConfig, require
 from mfa_jax.convert import (
@@ -43,7 +45,7 @@ from mfa_jax.convert import (
     gqa_to_mfa,
     gqa_to_mfa_kr,
     host,
-    load_pretrained,
+    map_pretrained,
     pretrained_config,
     pretrained_tokenizer,
     save_run,
@@ -199,12 +201,13 @@ def calibration_rows(config: ConvertConfig, tokenizer: Tokenizer, rows: int) -> 
 
 def convert(config: ConvertConfig, model: ModelConfig, params: Any, tokenizer: Tokenizer) -> tuple[
         ModelConfig, Any, list[LayerReport]]:
-    """The converted model; a conversion that was interrupted goes on."""
+    """The converted model, its new arrays mapped; a conversion that was interrupted goes on."""
     if config.cache_ratio == 1:
         exact = gqa_to_mfa if config.to == "mfa" else gqa_to_mfa_kr
-        return (*exact(model, params), [])
+        return (*exact(model, params, folder=beside(config.out)), [])
     if config.method == "mean_pool":
-        return (*mean_pool(model, params, num_kv_heads=pooled_heads(model, config.cache_ratio)), [])
+        heads = pooled_heads(model, config.cache_ratio)
+        return (*mean_pool(model, params, num_kv_heads=heads, folder=beside(config.out)), [])
     width, count = width_of(model, config.to, config.cache_ratio), require_convertible(config, model)
     common: dict[str, Any] = {"width": width, "folder": unfinished(config.out), "on_layer": lambda layer: print(
         f"layer {layer.layer + 1} of {model.num_layers}: misses {layer.refitted_error:.3f} of its output's mean square",
@@ -224,10 +227,18 @@ def require_reads(model: ModelConfig, params: Any, rows: np.ndarray) -> None:
         logits = Transformer(model).apply({"params": params}, row[None])[0][0]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), row[1:, None], axis=-1).mean()
 
+    params = jax.device_put(params, host())  # no copy
     loss = float(np.mean([nats(params, jnp.asarray(row)) for row in rows]))
     require(loss < math.log(model.vocab_size), "tokenizer", f"{loss:.2f} nats a token",
             f"is what the model makes of the calibration text, a guess among vocab_size={model.vocab_size} makes "
             f"{math.log(model.vocab_size):.2f}: the tokenizer must be the one that the model was trained with")
+
+
+def beside(out: str) -> Path:
+    """Where the models lie while they are converted: on the disk that is to hold the new one."""
+    folder = Path(out).absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def unfinished(out: str) -> Path:
@@ -255,16 +266,15 @@ def main(config: ConvertConfig) -> None:
     require(not config.add_bos_token or tokenizer.bos_id is not None, "add_bos_token", True,
             "the tokenizer has no begin token")
     require_convertible(config, pretrained_config(config.source))
-    # Not on an accelerator: the whole model is there twice over, and only layers are computed with.
-    mesh = axes.make_mesh((1,) * len(axes.MESH_AXES), [host()])
     kept = goes_by_layer(config.method, config.cache_ratio)
     with _alone(config.out) if kept else contextlib.nullcontext():
-        given, params = load_pretrained(config.source, param_dtype=config.param_dtype, mesh=mesh)
+        given, params = map_pretrained(config.source, beside(config.out), param_dtype=config.param_dtype)
         require(tokenizer.vocab_size <= given.vocab_size, "tokenizer.vocab_size", tokenizer.vocab_size,
                 f"must be at most the model's vocab_size={given.vocab_size}")
         resumed = kept and any(unfinished(config.out).glob("state-*.npz"))
         found, converted, layers = convert(config, given, params, tokenizer)
-        save_run(config.out, found, balanced(found, converted), tokenizer, add_bos_token=config.add_bos_token)
+        converted = balanced(found, converted, folder=beside(config.out))
+        save_run(config.out, found, converted, tokenizer, add_bos_token=config.add_bos_token)
         for file in unfinished(config.out).glob("*.*") if kept else ():
             file.unlink()
     if config.report:

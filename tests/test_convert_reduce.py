@@ -169,7 +169,7 @@ def test_a_begin_token_that_the_tokenizer_lacks_is_told_before_weights_are_read(
     gqa = compiled(model_config("gqa", vocab_size=264))
     save_pretrained(tmp_path / "from", gqa.config, gqa.params, context_length=64, tokenizer=ByteTokenizer())
     monkeypatch.setattr(ByteTokenizer, "bos_id", None)
-    monkeypatch.setattr(convert_script, "load_pretrained", lambda *_, **__: pytest.fail("reads the weights first"))
+    monkeypatch.setattr(convert_script, "map_pretrained", lambda *_, **__: pytest.fail("reads the weights first"))
     with pytest.raises(ValueError, match="add_bos_token=True: the tokenizer has no begin token"):
         main(ConvertConfig(str(tmp_path / "from"), str(tmp_path / "out"), add_bos_token=True))
     assert not (tmp_path / "out").exists()

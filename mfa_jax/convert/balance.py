@@ -8,36 +8,38 @@ root mean square for each pair that rope turns, and for each element of a value.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mfa_jax.config import MFAConfig, MFAKRConfig, ModelConfig
+from mfa_jax.convert.stacks import Stacks
 
 _SMALLEST = 1e-12
 """Below it a mean square is that of a width which nothing writes or nothing reads: it stays as it is."""
 
 
-def balanced(config: ModelConfig, params: Any) -> Any:
+def balanced(config: ModelConfig, params: Any, *, folder: Path | None = None) -> Any:
     """The parameters of an MFA or MFA-KR model that computes the same, to rounding; of others, as they are.
 
-    Memory: the attention once more, and one layer's in float64.
+    Memory: the attention once more, unless there is a folder, and one layer's in float64.
 
     Args:
       params: layers stacked.
+      folder: where the new arrays lie, mapped from files without a name; None for memory.
     """
     a = config.attention
     if not isinstance(a, (MFAConfig, MFAKRConfig)):
         return params
     given = params["layers"]["attention"]
     names = [name for name in ("S_k", "S_v", "Q", "O", "N_kr") if name in given]
-    new = {name: np.empty(given[name].shape, given[name].dtype) for name in names}
+    new = Stacks(folder)
     for i in range(config.num_layers):
         wide = {name: np.array(given[name][i], np.float64) for name in names}
         _balance(wide, pairs=config.position.kind == "rope")
-        for name in names:
-            new[name][i] = wide[name]
-    return {**params, "layers": {**params["layers"], "attention": {**given, **new}}}
+        new.append({name: wide[name].astype(given[name].dtype) for name in names})
+    return {**params, "layers": {**params["layers"], "attention": {**given, **new.arrays()}}}
 
 
 def _balance(layer: dict[str, np.ndarray], *, pairs: bool) -> None:

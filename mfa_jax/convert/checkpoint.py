@@ -1,7 +1,7 @@
-"""Public checkpoints in and out: `load_pretrained` and `save_pretrained`.
+"""Public checkpoints in and out: `load_pretrained`, `map_pretrained` and `save_pretrained`.
 
-Both work leaf by leaf: a tensor is read only as far as this process's devices hold it, and placed; it is fetched from
-the devices a layer at a time, and written in shards.
+All work leaf by leaf: a tensor is read only as far as this process's devices hold it, and placed, or is copied to a
+file that is mapped; it is fetched from the devices a layer at a time, and written in shards.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,7 @@ from mfa_jax import axes
 from mfa_jax.config import DType, GQAConfig, MFAConfig, MFAKRConfig, ModelConfig, from_dict, load_json, require, to_json
 from mfa_jax.convert import dense, gguf_file, step3
 from mfa_jax.convert.files import appearing, require_free
+from mfa_jax.convert.stacks import Stacks
 from mfa_jax.convert.tensors import Source, equal, open_tensors, read_part, shorten, write_tensors
 from mfa_jax.convert.tokenizer import save_tokenizer
 from mfa_jax.data import Tokenizer
@@ -55,18 +56,39 @@ def load_pretrained(
         config makes no sense; a size does not divide over the mesh.
       NotImplementedError: a model that ours does not compute (see `config_from_hf`), or quantized weights.
     """
-    path = Path(path)
+    with _opened(Path(path), dtype, param_dtype) as (config, boxed, tensors, table):
+        mesh = mesh or axes.make_mesh((1,) * len(axes.MESH_AXES), jax.devices()[:1])
+        return config, jax.tree_util.tree_map_with_path(
+            functools.partial(_load, tensors, table), nn.unbox(boxed), axes.shardings(boxed, mesh))
+
+
+def map_pretrained(
+    path: str | Path, folder: Path, *, dtype: str = "float32", param_dtype: str = "float32"
+) -> tuple[ModelConfig, Any]:
+    """`load_pretrained` for a host that may be smaller than the model: the parameters are numpy arrays, read only,
+    which are mapped from files without a name in `folder`. One tensor at a time is in memory.
+
+    Raises:
+      as `load_pretrained`; OSError: the folder has no room for the model.
+    """
+    with _opened(Path(path), dtype, param_dtype) as (config, boxed, tensors, table):
+        return config, jax.tree_util.tree_map_with_path(functools.partial(_map, tensors, table, folder),
+                                                        nn.unbox(boxed))
+
+
+@contextlib.contextmanager
+def _opened(path: Path, dtype: str, param_dtype: str) -> Iterator[
+        tuple[ModelConfig, Any, Mapping[str, Any], Mapping[str, Source]]]:
+    """The config, the abstract parameters with their axes, the checkpoint's tensors, and where leaves lie in them."""
     with contextlib.ExitStack() as stack:
         values, tensors, config = _read(path)
         config = dataclasses.replace(config, dtype=from_dict(DType, dtype, "dtype"),
                                      param_dtype=from_dict(DType, param_dtype, "param_dtype"))
         tensors = tensors or open_tensors(path, stack)
-        mesh = mesh or axes.make_mesh((1,) * len(axes.MESH_AXES), jax.devices()[:1])
         boxed = _boxed(config)
         table = _MODEL_TYPES[values["model_type"]].sources(config, nn.unbox(boxed)["layers"])
         _check(tensors, table, nn.unbox(boxed))
-        return config, jax.tree_util.tree_map_with_path(
-            functools.partial(_load, tensors, table), nn.unbox(boxed), axes.shardings(boxed, mesh))
+        yield config, boxed, tensors, table
 
 
 def pretrained_config(path: str | Path) -> ModelConfig:
@@ -233,6 +255,17 @@ def _load(
         return parts[str(index)]
 
     return jax.make_array_from_callback(leaf.shape, where, part)
+
+
+def _map(tensors: Mapping[str, Any], table: Mapping[str, Source], folder: Path, path: Any, leaf: Any) -> np.ndarray:
+    """One leaf, in a file of the folder."""
+    source, stacks = table[_key(path)], Stacks(folder)
+    shape = source.own_shape(leaf.shape)
+    for name in source.names:
+        whole = read_part(tensors[name], source.merged, shape, tuple(slice(size) for size in shape))
+        stacks.append({"leaf": whole.astype(leaf.dtype)})
+    found = stacks.arrays()["leaf"]
+    return found[0] if source.layers is None else found
 
 
 # ---- out -------------------------------------------------------------------------------------------------------

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from mfa_jax.config import GQAConfig, MFAConfig, MFAKRConfig, ModelConfig, require
+from mfa_jax.convert.stacks import Stacks
 from mfa_jax.model.transformer import layer_frequencies
 
 Layer = dict[str, np.ndarray]
@@ -26,7 +28,8 @@ INV_FREQ = "inv_freq"
 
 
 def gqa_to_mfa(
-    config: ModelConfig, params: Any, *, query_norm: bool = False, query_rank: int | None = None
+    config: ModelConfig, params: Any, *, query_norm: bool = False, query_rank: int | None = None,
+    folder: Path | None = None,
 ) -> tuple[ModelConfig, Any]:
     """The MFA model with `C = K H` that computes what a GQA model computes; its cache is as large as before.
 
@@ -35,6 +38,7 @@ def gqa_to_mfa(
       query_norm: whether the query latent has its RMSNorm. Without it logits are equal to rounding; with it to
         about `eps / (2 m)`, `m` the mean square of the residual stream.
       query_rank: Q; None for D, which is exact. Below, the query projection keeps its Q largest directions.
+      folder: where the new arrays lie, mapped from files without a name; None for memory.
 
     Returns:
       the new config and parameters, as numpy arrays where they are new.
@@ -55,11 +59,12 @@ def gqa_to_mfa(
                 "S_k": pack_keys(layer["W_K"]), "S_v": pack_values(layer["W_V"]),
                 "O": pack_outputs(layer["W_O"], a)}
 
-    return rebuilt(config, params, attention, convert)
+    return rebuilt(config, params, attention, convert, folder)
 
 
 def gqa_to_mfa_kr(
-    config: ModelConfig, params: Any, *, query_norm: bool = False, query_rank: int | None = None
+    config: ModelConfig, params: Any, *, query_norm: bool = False, query_rank: int | None = None,
+    folder: Path | None = None,
 ) -> tuple[ModelConfig, Any]:
     """The MFA-KR model with `C = 2 K H` that computes what a GQA model computes; its cache is as large as before.
 
@@ -84,7 +89,7 @@ def gqa_to_mfa_kr(
                 "S_k": beside(pack_keys(layer["W_K"]), pack_values(layer["W_V"])),
                 "O": beside(np.zeros_like(outputs), outputs, axis=1), "alpha": np.ones(C), "N_kr": np.zeros((C, C))}
 
-    return rebuilt(config, params, attention, convert)
+    return rebuilt(config, params, attention, convert, folder)
 
 
 def expand_key_reuse(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
@@ -110,15 +115,17 @@ def expand_key_reuse(config: ModelConfig, params: Any) -> tuple[ModelConfig, Any
 
 
 def rebuilt(
-    config: ModelConfig, params: Any, attention: MFAConfig | MFAKRConfig, convert: Callable[[Layer, int], Layer]
+    config: ModelConfig, params: Any, attention: MFAConfig | MFAKRConfig, convert: Callable[[Layer, int], Layer],
+    folder: Path | None = None,
 ) -> tuple[ModelConfig, Any]:
     """The model with other attention: `convert` is called layer by layer, in float64, with the norm's scale folded in.
 
     Args:
       convert: makes the new parameters of a layer, and with rope its frequencies `inv_freq [C / 2]`, from the old
         parameters and the number of the layer.
+      folder: where the new arrays lie, mapped from files without a name; None for memory.
     """
-    found: list[Layer] = []
+    found = Stacks(folder)
     frequencies: list[tuple[float, ...]] = []
     for i in range(config.num_layers):
         scale = np.asarray(params["layers"]["attention_norm"]["scale"][i], np.float64)
@@ -129,7 +136,7 @@ def rebuilt(
         if INV_FREQ in new:
             frequencies.append(tuple(new.pop(INV_FREQ).astype(np.float32).tolist()))
         found.append({name: leaf.astype(jnp.dtype(config.param_dtype)) for name, leaf in new.items()})
-    stacked: dict[str, Any] = {name: np.stack([layer[name] for layer in found]) for name in found[0]}
+    stacked: dict[str, Any] = found.arrays()
     if attention.query_norm:
         stacked["q_norm"] = {"scale": np.ones((config.num_layers, attention.query_rank), config.param_dtype)}
     layers = {**params["layers"], "attention": stacked,

@@ -63,7 +63,7 @@ class Layerwise:
           on_layer: is told of each layer.
         """
         self.config, self.layers, self.step, self.on_layer = config, params["layers"], step, on_layer
-        embedded = np.asarray(params["embed"], np.float32)[tokens]
+        embedded = np.asarray(np.asarray(params["embed"])[tokens], np.float32)
         self.streams: Streams = {name: embedded.copy() for name in streams}
         self.reports: list[LayerReport] = []
         self.progress = None
@@ -71,7 +71,8 @@ class Layerwise:
             return
         digest = hashlib.sha256(tokens.tobytes())
         for leaf in jax.tree.leaves(params):
-            digest.update(np.asarray(leaf).tobytes())
+            for part in np.asarray(leaf):  # on the first axis, so that no more than a layer is copied
+                digest.update(part.tobytes())
         self.progress = Progress(folder, {"version": VERSION, "config": to_dict(config), **settings,
                                           "tokens": list(tokens.shape), "digest": digest.hexdigest()})
         if self.progress.layers:

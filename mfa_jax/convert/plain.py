@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from mfa_jax.config import GQAConfig, MFAConfig, ModelConfig, require, to_dict
@@ -25,14 +24,18 @@ from mfa_jax.convert import activations
 from mfa_jax.convert.directions import Keys, first, rank_pairs, with_values
 from mfa_jax.convert.exact import Layer, factored, frequencies_of, rebuilt
 from mfa_jax.convert.layerwise import LayerReport, Layerwise, Streams, require_reducible
+from mfa_jax.convert.stacks import Stacks
 
 
-def mean_pool(config: ModelConfig, params: Any, *, num_kv_heads: int) -> tuple[ModelConfig, Any]:
+def mean_pool(
+    config: ModelConfig, params: Any, *, num_kv_heads: int, folder: Path | None = None
+) -> tuple[ModelConfig, Any]:
     """A GQA model with fewer key heads, each the mean of as many neighbours: `2 K H` cached elements.
 
     Args:
       params: layers stacked.
       num_kv_heads: K of the new model.
+      folder: where the new arrays lie, mapped from files without a name; None for memory.
 
     Raises:
       ValueError: not a GQA model, or a number that does not divide the old one.
@@ -42,11 +45,12 @@ def mean_pool(config: ModelConfig, params: Any, *, num_kv_heads: int) -> tuple[M
     assert isinstance(a, GQAConfig)
     require(num_kv_heads >= 1 and a.num_kv_heads % num_kv_heads == 0, "num_kv_heads", num_kv_heads,
             f"must divide the {a.num_kv_heads} key heads of the original")
-    attention = dict(params["layers"]["attention"])
-    for name in {"W_K", "W_V", "b_K", "b_V"} & set(attention):
-        leaf = np.asarray(attention[name])
-        pooled = leaf.reshape(*leaf.shape[:-2], num_kv_heads, -1, a.head_dim).mean(-2, dtype=np.float64)
-        attention[name] = jnp.asarray(pooled, leaf.dtype)
+    given, pooled = params["layers"]["attention"], Stacks(folder)
+    for i in range(config.num_layers):
+        layer = {name: np.asarray(given[name][i]) for name in ("W_K", "W_V", "b_K", "b_V") if name in given}
+        pooled.append({name: leaf.reshape(*leaf.shape[:-2], num_kv_heads, -1, a.head_dim).mean(-2, dtype=np.float64)
+                       .astype(leaf.dtype) for name, leaf in layer.items()})
+    attention = {**given, **pooled.arrays()}
     new = dataclasses.replace(config, attention=dataclasses.replace(a, num_kv_heads=num_kv_heads))
     return new, {**params, "layers": {**params["layers"], "attention": attention}}
 
@@ -79,7 +83,7 @@ def key_pca(
 
     walk = Layerwise(config, params, tokens, step, streams=("original",), folder=folder, on_layer=on_layer,
                      settings={"attention": to_dict(attention), "method": "key_pca"})
-    new, converted = rebuilt(config, params, attention, walk.convert)
+    new, converted = rebuilt(config, params, attention, walk.convert, folder)
     return new, converted, walk.reports
 
 

@@ -55,7 +55,8 @@ def reduce_gqa(
     Args:
       tokens: calibration text `[rows, T]`.
       ridge: of the refit, as a share of the mean square of the features.
-      folder: keeps what is done, layer by layer; the same call goes on with it after an interruption. None for none.
+      folder: keeps what is done, layer by layer; the same call goes on with it after an interruption. The new arrays
+        are mapped from files there. None for none, and memory.
       on_layer: is told of each layer.
 
     Raises:
@@ -70,7 +71,7 @@ def reduce_gqa(
     walk = Layerwise(config, params, tokens, _Reducer(config, attention, ridge), streams=("original", "converted"),
                      settings={"attention": to_dict(attention), "method": "commuting", "ridge": ridge}, folder=folder,
                      on_layer=on_layer)
-    new, converted = rebuilt(config, params, attention, walk.convert)
+    new, converted = rebuilt(config, params, attention, walk.convert, folder)
     return new, converted, walk.reports
 
 

@@ -12,6 +12,7 @@ from mfa_jax.config import DataConfig, ModelConfig, TrainConfig, require, to_dic
 from mfa_jax.convert.files import appearing, require_free
 from mfa_jax.data import Tokenizer
 from mfa_jax.train.checkpoint import Checkpoints
+from mfa_jax.train.orbax_io import CHUNK
 from mfa_jax.train.run import CHECKPOINTS, CONFIG, TOKENIZER
 
 
@@ -33,6 +34,8 @@ def save_run(
 ) -> None:
     """Writes a model as step 0 of a run that has not been trained; the folder appears when it is complete.
 
+    Memory: a few chunks of the checkpoint, beside the parameters; those that are mapped from files stay there.
+
     Args:
       params: arrays, layers stacked.
       add_bos_token: say of the model that it expects the begin token before each text (`DataConfig.add_bos_token`).
@@ -52,5 +55,5 @@ def save_run(
     with appearing(folder) as partial:
         tokenizer.save(partial / TOKENIZER)
         (partial / CONFIG).write_text(to_json(train))
-        with Checkpoints(partial / CHECKPOINTS) as checkpoints:
+        with Checkpoints(partial / CHECKPOINTS, file_bytes=CHUNK) as checkpoints:
             checkpoints.save(0, {"params": jax.device_put(params, host())}, {"config": to_dict(train)}, wait=True)
