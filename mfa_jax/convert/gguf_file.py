@@ -1,4 +1,4 @@
-"""GGUF files, read through the `gguf` package (`pip install "mfa_jax[gguf]"`): config, weights, tokenizer.
+"""GGUF files, read through the `gguf` package (`pip install "mfa_jax[gguf]"`): config and weights.
 
 A file is presented as what the rest of this package reads: the values of a `config.json`, and lazy tensors under
 Hugging Face's names. Quantized tensors become float32, as far as `gguf` can dequantise their type, and only the rows
@@ -7,16 +7,12 @@ that are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from mfa_jax.config import RopeScaling, require
-from mfa_jax.data import HuggingFaceTokenizer
 from mfa_jax.positions import rope_frequencies
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -34,22 +30,6 @@ _BLOCK_NAMES = {
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
 }
-# What stands before BPE, by the file's name for it: llama.cpp keeps these rules in its code, not in the file.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-_PRE_TOKENIZERS: dict[str, list[pre_tokenizers.PreTokenizer]] = {
-    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "llama-bpe": [pre_tokenizers.Split(Regex(_WORDS % r"\p{N}{1,3}"), "isolated"), _BYTES],
-    "qwen2": [pre_tokenizers.Split(Regex(_WORDS % r"\p{N}"), "isolated"), _BYTES],
-}
-# Other names that llama.cpp has for the same rules.
-_SAME_RULES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "pixtral": "llama-bpe",
-               "deepseek-r1-qwen": "qwen2"}
-# Rules whose words are looked up in the vocabulary before any merge.
-_WHOLE_WORDS_FIRST = ("llama-bpe",)
-_CONTROL, _USER_DEFINED = 3, 4
-_NAME_ONE = "name a tokenizer.json (--tokenizer)"
 _LLAMA3_ORIGINAL = 8192
 """Context of Llama 3 before it was extended, in tokens."""
 
@@ -88,7 +68,7 @@ def open_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[tuple[f
         cannot dequantise, a rope scaling that ours lacks, or rope on a part of each head; or the package `gguf` is not
         installed.
     """
-    reader = _reader(path)
+    reader = open_reader(path)
     values = _config(reader)
     rotated = values["model_type"] == "llama"
     heads = {"attn_q": values["num_attention_heads"], "attn_k": values["num_key_value_heads"]}
@@ -106,53 +86,6 @@ def open_file(path: Path) -> tuple[dict[str, Any], dict[str, Any], tuple[tuple[f
     return values, tensors, inv_freq
 
 
-def read_tokenizer(path: Path) -> HuggingFaceTokenizer:
-    """The byte-level BPE tokenizer in a file.
-
-    Raises:
-      ValueError: not a GGUF file, or one that is cut short; or tokens, their types or merges are missing or don't
-        belong together.
-      NotImplementedError: a part of a split file, another kind of tokenizer, or rules before BPE that are not known
-        here.
-    """
-    reader = _reader(path)
-    kind, rules = (_value(reader, f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    rules = _SAME_RULES.get(rules, rules)
-    if kind != "gpt2" or rules not in _PRE_TOKENIZERS:
-        raise NotImplementedError(f"tokenizer.ggml.model={kind!r}, pre={rules!r}: only byte-level BPE (gpt2) with the "
-                                  f"rules {', '.join([*_PRE_TOKENIZERS, *_SAME_RULES])} can be rebuilt; {_NAME_ONE}")
-    tokens, merges, kinds = (_value(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "token_type"))
-    # Without types llama.cpp guesses from the spelling which tokens are special.
-    for name, found in (("tokens", tokens), ("merges", merges), ("token_type", kinds)):
-        require(found is not None, f"tokenizer.ggml.{name}", None, f"is missing from the file; {_NAME_ONE}")
-    require(len(kinds) == len(tokens), "tokenizer.ggml.token_type", f"{len(kinds)} types",
-            f"must have one for each of {len(tokens)} tokens")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(
-        vocabulary, _merges(merges, vocabulary), ignore_merges=rules in _WHOLE_WORDS_FIRST))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_PRE_TOKENIZERS[rules])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)
-                          for token, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _USER_DEFINED)])
-    special: dict[str, int] = {}
-    for name in ("eos", "eot", "bos"):  # the end of a document, of a turn in a chat, and the beginning
-        if (i := _value(reader, f"tokenizer.ggml.{name}_token_id")) is not None:
-            require(0 <= i < len(tokens), f"tokenizer.ggml.{name}_token_id", i, f"must be below {len(tokens)} tokens")
-            special[name] = i
-    eos, bos = (tokens[special[name]] if name in special else None for name in ("eos", "bos"))
-    return HuggingFaceTokenizer(tokenizer.to_str().encode(), str(path), eos, bos,
-                                _value(reader, "tokenizer.chat_template"),
-                                [special[name] for name in ("eos", "eot") if name in special])
-
-
-def _merges(merges: list[str], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    pairs = [(left, right) for left, _, right in (pair.partition(" ") for pair in merges)]
-    for left, right in pairs:
-        require({left, right, left + right} <= vocabulary.keys(), "tokenizer.ggml.merges", f"{left} {right}",
-                "must be two tokens that together are a third, all in tokenizer.ggml.tokens")
-    return pairs
-
-
 def _gguf() -> Any:
     try:
         import gguf
@@ -161,21 +94,21 @@ def _gguf() -> Any:
     return gguf
 
 
-def _reader(path: Path) -> Any:
+def open_reader(path: Path) -> Any:
     gguf = _gguf()
     require(path.is_file(), "checkpoint", str(path), "no such file")
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:
         raise ValueError(f"checkpoint={str(path)!r}: is not a GGUF file, or is cut short ({error})") from error
-    parts = _value(reader, "split.count") or 1
+    parts = read_value(reader, "split.count") or 1
     if parts > 1:
         raise NotImplementedError(f"split.count={parts}: {path} is a part of a file; only whole ones can be read, "
                                   f"llama-gguf-split --merge makes one")
     return reader
 
 
-def _value(reader: Any, key: str) -> Any:
+def read_value(reader: Any, key: str) -> Any:
     field = reader.get_field(key)
     return None if field is None else field.contents()
 
@@ -186,7 +119,7 @@ def _same_in_layers(reader: Any, key: str) -> Any:
     Raises:
       NotImplementedError: it is not the same in all layers.
     """
-    value = _value(reader, key)
+    value = read_value(reader, key)
     if not isinstance(value, list):
         return value
     if len(set(value)) > 1:
@@ -195,7 +128,7 @@ def _same_in_layers(reader: Any, key: str) -> Any:
 
 
 def _config(reader: Any) -> dict[str, Any]:
-    name = _value(reader, "general.architecture")
+    name = read_value(reader, "general.architecture")
     if name not in _ARCHITECTURES:
         raise NotImplementedError(f"general.architecture={name!r}: only {', '.join(_ARCHITECTURES)} files can be read")
     values = {ours: value for key, ours in _CONFIG_KEYS.items() if (value := _same_in_layers(reader, f"{name}.{key}"))}
@@ -203,15 +136,15 @@ def _config(reader: Any) -> dict[str, Any]:
         require(isinstance(values.get(_CONFIG_KEYS[key]), int), f"{name}.{key}", values.get(_CONFIG_KEYS[key]),
                 "must be in the file, an integer")
     head_dim = values.get("head_dim", values["hidden_size"] // values["num_attention_heads"])
-    rotated = _value(reader, f"{name}.rope.dimension_count")
+    rotated = read_value(reader, f"{name}.rope.dimension_count")
     if rotated not in (None, head_dim):
         raise NotImplementedError(f"{name}.rope.dimension_count={rotated}: rope turns whole heads only, of "
                                   f"{head_dim} dimensions here")
     if "rms_norm_eps" in values:  # stored in float32: 1e-05 is what 9.999999747378752e-06 was
         values["rms_norm_eps"] = float(str(np.float32(values["rms_norm_eps"])))
     if "head_dim" in values:
-        require(_value(reader, f"{name}.attention.value_length") in (None, values["head_dim"]),
-                f"{name}.attention.value_length", _value(reader, f"{name}.attention.value_length"),
+        require(read_value(reader, f"{name}.attention.value_length") in (None, values["head_dim"]),
+                f"{name}.attention.value_length", read_value(reader, f"{name}.attention.value_length"),
                 f"must be key_length={values['head_dim']}")
     names = {tensor.name: tensor for tensor in reader.tensors}
     require("token_embd.weight" in names, "checkpoint", "token_embd.weight", "is missing from the file")
@@ -225,10 +158,10 @@ def _config(reader: Any) -> dict[str, Any]:
 
 def _rope_scaling(reader: Any, name: str) -> dict[str, Any] | None:
     """As llama.cpp reads it: linear unless a type is named, by an older key's factor where the newer is missing."""
-    settings = {key.removeprefix(f"{name}.rope.scaling."): _value(reader, key) for key in reader.fields
+    settings = {key.removeprefix(f"{name}.rope.scaling."): read_value(reader, key) for key in reader.fields
                 if key.startswith(f"{name}.rope.scaling.")}
     kind, original = settings.pop("type", "linear"), settings.pop("original_context_length", None)
-    factor = settings.pop("factor", _value(reader, f"{name}.rope.scale_linear"))
+    factor = settings.pop("factor", read_value(reader, f"{name}.rope.scale_linear"))
     settings.pop("finetuned", None)
     if settings or kind not in ("none", "linear", "yarn"):
         raise NotImplementedError(f"{name}.rope.scaling type={kind!r}, {settings}: only linear and yarn without "

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from mfa_jax.config import require
-from mfa_jax.convert import gguf_file
+from mfa_jax.convert.gguf_tokenizer import read_tokenizer
 from mfa_jax.data import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from mfa_jax.data.tokenizer_files import SAVED
 from mfa_jax.train.run import CHECKPOINTS
@@ -31,7 +31,7 @@ def pretrained_tokenizer(path: str | Path, name: str | None = None) -> Tokenizer
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        return gguf_file.read_tokenizer(path) if name is None else load_tokenizer(path.parent / name)
+        return read_tokenizer(path) if name is None else load_tokenizer(path.parent / name)
     require(path.is_dir(), "checkpoint", str(path), "no such folder or .gguf file")
     held = sorted(file.name for file in path.iterdir())
     require(CHECKPOINTS not in held, "checkpoint", str(path), "is the folder of a run; experiments.export makes a "
