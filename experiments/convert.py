@@ -50,12 +50,13 @@ from mfa_jax.convert import (
     pretrained_tokenizer,
     save_run,
 )
+from mfa_jax.convert.calibration import calibration_rows
 from mfa_jax.convert.exact import require_plain
 from mfa_jax.convert.files import require_free
 from mfa_jax.convert.layerwise import LayerReport, tokens_needed
 from mfa_jax.convert.plain import key_pca, mean_pool
 from mfa_jax.convert.reduce import reduce_gqa
-from mfa_jax.data import Tokenizer, documents
+from mfa_jax.data import Tokenizer
 from mfa_jax.model.transformer import Transformer
 from mfa_jax.train import processes
 
@@ -82,6 +83,8 @@ class ConvertConfig:
     """Rows of calibration text; none for 32, or as many as the fit needs: 2 N C tokens, of C the width that is left."""
     context: int = 512
     """Tokens of a row."""
+    spread: bool = False
+    """Take the rows evenly over each whole text, not from its beginning."""
     add_bos_token: bool = False
     """Begin each row of calibration text with the begin token, what Llama and Mistral were trained with, and have what
     reads the converted model do so, too."""
@@ -119,7 +122,7 @@ def goes_by_layer(method: str, ratio: float) -> bool:
 def unread(method: str, ratio: float) -> tuple[str, ...]:
     """Settings that a conversion does not read."""
     if not goes_by_layer(method, ratio):
-        return ("calibration", "rows", "context", "ridge")
+        return ("calibration", "rows", "context", "spread", "ridge")
     return ("ridge",) if method == "key_pca" else ()
 
 
@@ -176,29 +179,6 @@ def require_convertible(config: ConvertConfig, model: ModelConfig) -> int:
     return rows
 
 
-def calibration_rows(config: ConvertConfig, tokenizer: Tokenizer, rows: int) -> np.ndarray:
-    """`[rows, context]` tokens, the files in turn, each from its beginning.
-
-    Raises:
-      ValueError: a file that is too short.
-    """
-    begin = [tokenizer.bos_id] if config.add_bos_token else []
-    per_file, length = -(-rows // len(config.calibration)), config.context - len(begin)
-    found = []
-    for path in config.calibration:
-        ids = np.empty(0, np.int32)
-        for document in documents(path):
-            # Not the whole of a long text: a token is hardly more than 16 bytes.
-            ids = np.append(ids, tokenizer.encode(document.text[: 16 * per_file * length]))
-            if len(ids) >= per_file * length:
-                break
-        require(len(ids) >= per_file * length, "calibration", path,
-                f"has {len(ids)} tokens, {per_file} rows of {length} are asked of it")
-        cut = ids[: per_file * length].reshape(per_file, length)
-        found.append(np.concatenate([np.full((per_file, len(begin)), begin, np.int32), cut], axis=1))
-    return np.stack(found, axis=1).reshape(-1, config.context)[:rows]
-
-
 def convert(config: ConvertConfig, model: ModelConfig, params: Any, tokenizer: Tokenizer) -> tuple[
         ModelConfig, Any, list[LayerReport]]:
     """The converted model, its new arrays mapped; a conversion that was interrupted goes on."""
@@ -212,7 +192,8 @@ def convert(config: ConvertConfig, model: ModelConfig, params: Any, tokenizer: T
     common: dict[str, Any] = {"width": width, "folder": unfinished(config.out), "on_layer": lambda layer: print(
         f"layer {layer.layer + 1} of {model.num_layers}: misses {layer.refitted_error:.3f} of its output's mean square",
         file=sys.stderr)}
-    rows = calibration_rows(config, tokenizer, count)
+    rows = calibration_rows(config.calibration, tokenizer, rows=count, context=config.context,
+                            add_bos_token=config.add_bos_token, spread=config.spread)
     require_reads(model, params, rows[:4])
     if config.method == "key_pca":
         return key_pca(model, params, rows, **common)

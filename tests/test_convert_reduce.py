@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 
 from experiments import convert as convert_script
-from experiments.convert import ConvertConfig, calibration_rows, main, require_convertible, width_of
+from experiments.convert import ConvertConfig, main, require_convertible, width_of
 from mfa_jax.config import ModelConfig, PositionConfig
 from mfa_jax.convert import load_pretrained, pretrained_tokenizer, save_pretrained
+from mfa_jax.convert.calibration import calibration_rows
 from mfa_jax.convert.directions import Keys, Moments, rank_keys, with_values
 from mfa_jax.convert.reduce import reduce_gqa
 from mfa_jax.data import ByteTokenizer
@@ -152,16 +154,29 @@ def test_rows_of_text_take_the_files_in_turn(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a" * 100)
     (tmp_path / "b.txt.bz2").write_bytes(bz2.compress(b"b" * 100))
     files = (str(tmp_path / "a.txt"), str(tmp_path / "b.txt.bz2"))
-    config = ConvertConfig("x", "y", cache_ratio=2.0, calibration=files, context=8)
-    rows = calibration_rows(config, ByteTokenizer(), 3)
+    made = functools.partial(calibration_rows, files, ByteTokenizer(), context=8)
+    rows = made(rows=3)
     assert rows.shape == (3, 8) and [chr(row[0]) for row in rows] == ["a", "b", "a"]
-    with pytest.raises(ValueError, match="has 100 tokens, 13 rows of 8"):
-        calibration_rows(config, ByteTokenizer(), 26)
-    begun = calibration_rows(dataclasses.replace(config, add_bos_token=True), ByteTokenizer(), 3)
+    with pytest.raises(ValueError, match=r"has 100 tokens, 104 are asked of it \(13 rows of 8\)"):
+        made(rows=26)
+    begun = made(rows=3, add_bos_token=True)
     assert begun.shape == (3, 8) and begun[:, 0].tolist() == [257] * 3
     np.testing.assert_array_equal(begun[:, 1:], rows[:, :7])
     with pytest.raises(ValueError, match="context=9: must be left out: method='commuting' at cache_ratio=1"):
         ConvertConfig("x", "y", context=9)
+
+
+@pytest.mark.parametrize("add_bos_token", [False, True])
+def test_rows_are_spread_over_the_whole_of_a_text(tmp_path: Path, add_bos_token: bool) -> None:
+    """Over all of its documents, each row where its share begins."""
+    text = "".join(chr(97 + i % 26) for i in range(100))
+    (tmp_path / "a.txt").write_text(text[:60] + "\0" + text[60:])
+    rows = calibration_rows((str(tmp_path / "a.txt"),), ByteTokenizer(), rows=4, context=8, spread=True,
+                            add_bos_token=add_bos_token)
+    begin, length = [257] * add_bos_token, 8 - add_bos_token
+    assert rows.tolist() == [begin + list(text[start : start + length].encode()) for start in (0, 25, 50, 75)]
+    with pytest.raises(ValueError, match=r"has 25 tokens where a row begins, 26 are asked of it \(4 rows of 26\)"):
+        calibration_rows((str(tmp_path / "a.txt"),), ByteTokenizer(), rows=4, context=26, spread=True)
 
 
 def test_a_begin_token_that_the_tokenizer_lacks_is_told_before_weights_are_read(

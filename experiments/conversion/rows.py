@@ -31,6 +31,8 @@ class Sizes:
     """Rows of calibration text, half of each file."""
     calibration_tokens: int = 512
     """Tokens of such a row."""
+    calibration_spread: bool = False
+    """Rows over the whole of each file, not from its beginning."""
     text_rows: int = 24
     """Rows of each test text, evenly spread over the whole of it."""
     text_tokens: int = 512
@@ -102,7 +104,7 @@ def conversion(row: Row, sizes: Sizes, source: str, tokenizer: str | None, calib
     """What `experiments.convert` is asked for."""
     needs = row.ratio > 1 and row.kind != "mean_pool"
     text: dict[str, Any] = {"calibration": calibration, "rows": sizes.calibration_rows,
-                            "context": sizes.calibration_tokens}
+                            "context": sizes.calibration_tokens, "spread": sizes.calibration_spread}
     return ConvertConfig(source, out, cache_ratio=row.ratio, tokenizer=tokenizer, **KINDS[row.kind],
                          **(text if needs else {}))
 
