@@ -21,7 +21,20 @@ from mfa_jax.config import VARIANTS, GQAConfig, MFAConfig, PositionConfig
 from mfa_jax.model.loss import cross_entropy
 from mfa_jax.model.stack import REMAT_POLICIES
 from mfa_jax.model.transformer import Transformer, init_cache, init_params, unembedding, unstack_layers
-from tests.contract import ATTENTION, ENCODINGS, B, L, T, V, compiled, model_config, tokens
+from tests.contract import (
+    ATTENTION,
+    CACHE_DTYPES,
+    ENCODINGS,
+    B,
+    L,
+    T,
+    V,
+    compiled,
+    cut_back,
+    layers_of,
+    model_config,
+    tokens,
+)
 
 CAPACITY = 16
 INNER_LOOP = ("mfa", "mfa_kr")
@@ -35,12 +48,8 @@ variants_without_biases = pytest.mark.parametrize("variant", _VARIANTS[: len(VAR
 # The inner loop runs rope; the whole suite runs the other encodings too.
 encodings = pytest.mark.parametrize(
     "encoding", [pytest.param(name, marks=() if name == "rope" else pytest.mark.slow) for name in ENCODINGS])
-
-
-# Rounding cached keys and values to bfloat16, relative 2 ** -9, moves logits of unit variance by hundredths; int8
-# rounds to 1 / 254 of a token's largest element, some 2.5 of its root mean square: at most five times as coarse.
-CACHE_DTYPES = {"float32": 2e-5, "bfloat16": 0.06, "int8": 0.12}
-# The default runs with each type of cache, the other backends with one: their own suite has the rest.
+# The default runs with each type of cache, the other backends with one: their own suite has the rest. The GPU kernel's
+# widths and types are its own: test_contract_gpu.py.
 backend_and_dtype = pytest.mark.parametrize(("backend", "dtype"), [
     *(("auto", dtype) for dtype in CACHE_DTYPES),
     *(pytest.param(name, "float32", marks=pytest.mark.slow) for name in ("reference", "mosaic_tpu_interpret"))])
@@ -53,13 +62,13 @@ def test_prefill_then_decode_equals_the_full_forward_for_every_split(
     variant: str, encoding: str, backend: str, dtype: str
 ) -> None:
     """Row r prefills r + 1 tokens and decodes the rest. The rows are ragged: padded to one prefill, then cut back."""
-    c = compiled(model_config(variant, encoding, decode_implementation=backend))
+    c = compiled(model_config(variant, encoding, decode_implementation=backend), not backend.endswith("_interpret"))
     rows = jnp.broadcast_to(tokens()[:1], (T, T))
     full = np.asarray(c.full(c.params, rows))[0]
     start = jnp.arange(1, T + 1)
-    out, cache = c.step(c.params, rows, init_cache(c.config, T, CAPACITY, dtype))
-    assert all(stream.dtype == dtype for stream in cache.streams)
-    cache = cache.with_length(jnp.broadcast_to(start, (L, T)))
+    out, cache = c.step(c.params, rows, c.cache(T, CAPACITY, dtype))
+    assert all(stream.dtype == dtype for layer in layers_of(cache) for stream in layer.streams)
+    cache = cut_back(cache, start)
     errors = [np.abs(np.asarray(out)[r, : r + 1] - full[: r + 1]).max() for r in range(T)]
     for t in range(T - 1):
         at = np.minimum(start + t, T - 1)

@@ -10,7 +10,9 @@
 | `mosaic_gpu_interpret` | anywhere, slowly | the program of `mosaic_gpu` in Pallas' interpreter; needs JAX 0.11 |
 
 One stream of keys serves all query heads of MFA, MFA-KR, MQA, and of MLA with its queries absorbed; GQA and MHA have
-several. `resolve` says what `auto` takes, and why a named implementation can't serve a call.
+several. With JAX 0.12 the interpreted programs serve models whose layers are not scanned, the form of decoding: their
+ordered callbacks do not pass through flax's scan. `resolve` says what `auto` takes, and why a named
+implementation can't serve a call.
 """
 
 from mfa_jax.kernels.calls import Call, Device, default_device, kept_as_words
