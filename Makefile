@@ -30,9 +30,10 @@ test: $(VENV)/.test $(VENV)/.libtpu
 test-fast: $(VENV)/.test $(VENV)/.libtpu
 	$(PYTEST) -m "not slow"
 
-# What only a newer JAX can show of the GPU kernel: all of its interpreter, and its compilation for an H100.
+# What only a newer JAX can show of the GPU kernel: all of its interpreter, alone and in a model, and its compilation
+# for an H100.
 test-gpu-kernel: $(VENV)/.test $(VENV)/.cuda
-	$(PYTEST) -m slow tests/test_mosaic_gpu.py
+	$(PYTEST) -m slow tests/test_mosaic_gpu.py tests/test_contract_gpu.py
 
 lint: $(VENV)/.test
 	$(BIN)/python -m ruff check .
