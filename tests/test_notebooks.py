@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -15,8 +16,9 @@ import jupytext
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
-from experiments import notebook
+from experiments import bench_notebooks, notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
@@ -143,3 +145,35 @@ def test_the_size_follows_the_device_unless_the_environment_names_one(monkeypatc
     monkeypatch.setenv(notebook.VARIABLE, "huge")
     with pytest.raises(ValueError, match="MFA_JAX_NOTEBOOK_SIZE='huge': must be one of tiny, cpu, accelerator"):
         notebook.size()
+
+
+# ---- the benchmark ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_benchmark_times_a_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(notebook.VARIABLE, "tiny")
+    name = SCRIPTS[0].stem
+    monkeypatch.setattr(sys, "argv", ["bench_notebooks", "--only", name, "--json"])
+    bench_notebooks.main()
+    record = json.loads(capsys.readouterr().out)
+    assert record["size"] == "tiny" and list(record["seconds"]) == [name] and record["seconds"][name] > 1
+    assert name in str(bench_notebooks.to_table(record).columns[0]._cells)
+
+
+def test_the_benchmark_tells_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"only='6': must be among {SCRIPTS[0].stem}"):
+        bench_notebooks.BenchNotebooksConfig(only=("6",))
+    monkeypatch.setitem(sys.modules, "nbclient", None)
+    with pytest.raises(NotImplementedError, match="needs nbclient: pip install"):
+        bench_notebooks.seconds(SCRIPTS[0].with_suffix(".ipynb"), 60)
+    monkeypatch.setattr(bench_notebooks, "FOLDER", tmp_path)
+    with pytest.raises(NotImplementedError, match="run this from a clone"):
+        bench_notebooks.BenchNotebooksConfig(only=("6",))
+
+
+def test_the_benchmark_ends_where_a_cell_raises(tmp_path: Path) -> None:
+    broken = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("raise KeyError('broken')")])
+    nbformat.write(broken, tmp_path / "broken.ipynb")
+    with pytest.raises(CellExecutionError, match="broken"):
+        bench_notebooks.seconds(tmp_path / "broken.ipynb", 60)
