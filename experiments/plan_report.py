@@ -2,9 +2,9 @@
 
 The paper's 7B family, and Step-3 beside MHA and MLA with as many attention parameters: a decoding step with full caches
 and a training step, compiled for the same slice and mesh. Then one small model on 8 to 512 chips, with as much work a
-chip, and training steps whose layers are a loop or a row. Each line is written as soon as it is there, and is compiled
-again only where its program now has arguments of another size; until then it is shown as superseded. It takes an hour
-or two; nothing is run on a TPU.
+chip, training steps whose layers are a loop or a row, and such whose experts are split over chips. Each line is written
+as soon as it is there, and is compiled again only where its program now has arguments of another size; until then it is
+shown as superseded. It takes two hours or three; nothing is run on a TPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mfa_jax.plan import Decoding, Plan, mesh_of, parse_topology, plan_decoding,
 from mfa_jax.plan.programs import decoding_arguments, training_arguments
 from mfa_jax.presets import match_heads, model_preset
 
-DECODE, TRAIN, LONG, SCALE, ROW = "decode", "train", "long", "scale", "row"
+DECODE, TRAIN, LONG, SCALE, ROW, EXPERTS = "decode", "train", "long", "scale", "row", "experts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,10 @@ LINES: Sequence[Line] = (
     *(Line(f"{ROW}/base-mfa-{remat}-{'row' if unroll else 'loop'}", _preset("base-mfa"), "v5p:2x2x2", "fsdp=4,data=2",
            32, 2048, remat, unroll) for remat in ("full", "none") for unroll in (False, True)),
     Line(f"{ROW}/paper-7b-mfa-full-row", _preset("paper-7b-mfa"), "v5p:4x4x4", "fsdp=64", 256, 4096, unroll=True),
+    *(Line(f"{EXPERTS}/paper-7b-mfa-{X}", _preset("paper-7b-mfa"), "v5p:4x4x4", f"fsdp={64 // X},expert={X}", 256, 4096)
+      for X in (1, 4, 8)),
+    *(Line(f"{EXPERTS}/step3-{X}", _step3(None), "v5p:4x4x4", f"fsdp={64 // X},expert={X}", 64, 4096)
+      for X in (1, 4, 8)),
 )
 
 
@@ -157,10 +161,41 @@ def table(lines: Sequence[dict[str, Any]], old: Collection[str] = ()) -> str:
         else:
             cells += [f"{plan['memory']['peak'] / 2**30:.2f}", f"{p['flops'] / 1e9:.4g}", f"{p['hbm_bytes'] / 1e9:.4g}",
                       f"{sum(e['bytes_sent'] for e in p['exchanges']) / 1e6:.4g}",
-                      f"{1e3 * max(p[f'{what}_seconds'] for what in ('compute', 'memory', 'interconnect')):.4g}",
+                      f"{1e3 * _least(p):.4g}", f"{1e3 * p['step_seconds']:.4g}",
+                      f"{1e3 * p['step_seconds_without_overlap']:.4g}"]
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out) + "\n"
+
+
+def experts_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Markdown: of the lines with and without the axis of experts, memory by what it holds and bytes sent by axis."""
+    titles = ("program", "mesh", "arguments, GiB a chip", "temporaries, GiB", "peak, GiB", "GFLOPs a chip", "HBM, GB",
+              "sent over fsdp, GB", "over expert, GB", "over both or others, GB", "no step is below, ms",
+              "predicted step, ms", "exchange not hidden, ms")
+    out = [f"| {' | '.join(titles)} |", "| --- | --- " + "| ---: " * (len(titles) - 2) + "|"]
+    for x in lines:
+        memory, p = x["plan"]["memory"], x["plan"]["prediction"]
+        if not x["name"].startswith(EXPERTS):
+            continue
+        cells = [x["name"], x["mesh_asked"]]
+        if p is None:
+            needed = x["plan"]["bytes_needed"]
+            asked = "" if needed is None else f", asks for {needed / 2**30:.1f}"
+            cells += ["", f"does not fit{asked}", *[""] * (len(titles) - 4)]
+        else:
+            sent = {axis: sum(e["bytes_sent"] for e in p["exchanges"] if list(e["axes"]) == [axis])
+                    for axis in ("fsdp", "expert")}
+            other = sum(e["bytes_sent"] for e in p["exchanges"]) - sum(sent.values())
+            cells += [*(f"{memory[part] / 2**30:.2f}" for part in ("arguments", "temporaries", "peak")),
+                      f"{p['flops'] / 1e9:.4g}", f"{p['hbm_bytes'] / 1e9:.4g}",
+                      *(f"{nbytes / 1e9:.3g}" for nbytes in (*sent.values(), other)), f"{1e3 * _least(p):.4g}",
                       f"{1e3 * p['step_seconds']:.4g}", f"{1e3 * p['step_seconds_without_overlap']:.4g}"]
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out) + "\n"
+
+
+def _least(prediction: dict[str, Any]) -> float:
+    return max(prediction[f"{what}_seconds"] for what in ("compute", "memory", "interconnect"))
 
 
 def save_plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
@@ -225,7 +260,7 @@ def main(config: PlanReportConfig) -> None:
         part.replace(file)
         old.discard(line.name)
     ordered = [done[line.name] for line in LINES if line.name in done]
-    (folder / "plan.md").write_text(table(ordered, old))
+    (folder / "plan.md").write_text("\n".join([table(ordered, old), experts_table(ordered)]))
     save_plot(ordered, folder / "decode.png")
 
 
