@@ -323,6 +323,11 @@ def test_bad_configs_are_named(changes: dict[str, Any], message: str) -> None:
         MoEConfig(**changes)
 
 
+def test_no_token_at_a_time_is_refused() -> None:
+    with pytest.raises(ValueError, match="expert_exchange_tokens=0: must be at least 1, or none for all at once"):
+        dataclasses.replace(model_config("mfa"), expert_exchange_tokens=0)
+
+
 def test_layers_must_exist() -> None:
     with pytest.raises(ValueError, match=r"moe.layers=\(0, 2\): must be in 0 .. 1"):
         model_config("mfa", moe=MoEConfig(layers=(0, 2)))
@@ -398,6 +403,39 @@ def test_gradients_of_experts_come_back_scattered() -> None:
     assert program.count("reduce_scatter[") == 3
     whole = rf"f32\[{E // 2},({D},{F}|{F},{D})\] = psum"
     assert not re.search(whole, program), "only parts are summed"
+
+
+@pytest.mark.parametrize("spread", ["evenly", "to one device"])
+def test_tokens_that_travel_in_parts_get_what_they_would_at_once(spread: str) -> None:
+    """Bit for bit forward, in float32; sums of gradients over tokens are in another order."""
+    r = np.random.default_rng(0)
+    B, T, A, E, D, F = 8, 6, 2, 8, 8, 6
+    x, weights, *experts = (jnp.asarray(r.normal(size=shape), jnp.float32)
+                            for shape in ((B, T, D), (B, T, A), (E, D, F), (E, D, F), (E, F, D)))
+    experts_met = np.arange(E if spread == "evenly" else A)
+    chosen = jnp.asarray(r.permuted(np.tile(experts_met, (B, T, 1)), axis=-1)[..., :A])
+
+    @functools.partial(jax.jit, static_argnames="at_once")
+    def layer(x: Any, weights: Any, experts: Any, at_once: int | None) -> Any:
+        def loss(x: Any, weights: Any, experts: Any) -> Any:
+            y, served = experts_over_mesh(x, chosen, weights, experts, at_once=at_once)
+            return jnp.sum(jnp.sin(y)), (y, served)
+
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(x, weights, experts)
+
+    with jax.set_mesh(axes.make_mesh((1, 2, 4, 1, 1))):
+        gradients, (y, served) = layer(x, weights, tuple(experts), None)
+        for at_once in (1, 3, 6, 100):
+            found, (found_y, found_served) = layer(x, weights, tuple(experts), at_once)
+            np.testing.assert_array_equal(found_y, y)
+            assert found_served == served == B * T * A
+            chex.assert_trees_all_close(found, gradients, rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="expert_exchange_tokens=4: must divide the 6 tokens of a device"):
+            layer(x, weights, tuple(experts), 4)
+        room = [str(jax.make_jaxpr(functools.partial(layer, at_once=n))(x, weights, tuple(experts)))
+                for n in (None, 3)]
+    whole, part = f"f32[{4 * T * A},{D}]", f"f32[{4 * 3 * A},{D}]"
+    assert whole in room[0] and whole not in room[1] and part in room[1], "the room is that of a part"
 
 
 def test_where_blocks_lie() -> None:

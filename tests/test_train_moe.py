@@ -59,10 +59,14 @@ def assert_same_step(found: tuple[Any, Any], expected: tuple[Any, Any]) -> None:
     (MeshConfig(data=2, fsdp=2, tensor=2), "batch"), (MeshConfig(data=1, fsdp=2, expert=4), "sequence"),
     (MeshConfig(data=2, expert=2, tensor=2), "batch"), (MeshConfig(data=1, expert=8), "sequence"),
 ], ids=["data-fsdp-tensor", "fsdp-expert", "data-expert-tensor", "expert"])
-def test_a_sharded_step_equals_that_of_one_device(mesh: MeshConfig, over: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [None, 8])
+def test_a_sharded_step_equals_that_of_one_device(
+        mesh: MeshConfig, over: str, at_once: int | None, tmp_path: Path) -> None:
     moe = dataclasses.replace(MOE, balance_over=over)
     single = one_step(config_for(tmp_path, moe), 1)
-    sharded = one_step(config_for(tmp_path, moe, mesh=mesh), 8)
+    config = config_for(tmp_path, moe, mesh=mesh)
+    sharded = one_step(dataclasses.replace(
+        config, model=dataclasses.replace(config.model, expert_exchange_tokens=at_once)), 8)
     assert_same_step(sharded, single)
     split = sharded[0].params["layers"]["segment_1"]["block_0"]["moe"]["experts_up"]
     assert split.addressable_shards[0].data.size * mesh.fsdp * mesh.expert * mesh.tensor == split.size

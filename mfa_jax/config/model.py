@@ -63,11 +63,16 @@ class ModelConfig:
     """Grouped matrix product of the experts, by name; auto resolves by device, `grouped.resolve` says to what."""
     expert_exchange: Literal["auto", "ragged", "padded"] = "auto"
     """How tokens travel over the mesh axis `expert`; auto resolves by device, `dispatch.resolve_exchange` says."""
+    expert_exchange_tokens: int | None = None
+    """Tokens of a device that travel at a time where a mesh splits the experts: there is room for the worst case of so
+    many. A divisor of the tokens that a device has of a step, or as many; none for all at once."""
     depth_scaled_init: bool = True
     """Projections into the residual stream start smaller by sqrt(2 L)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "num_layers", "model_dim", "ffn_dim")
+        require(self.expert_exchange_tokens is None or self.expert_exchange_tokens >= 1, "expert_exchange_tokens",
+                self.expert_exchange_tokens, "must be at least 1, or none for all at once")
         require(0 < self.norm_eps < math.inf, "norm_eps", self.norm_eps, "must be positive and finite")
         width = self.attention.rotated_dim
         if self.position.kind == "rope":

@@ -5,7 +5,8 @@ rows for one device are neighbours: they travel there, meet their experts, and t
 gathered over `fsdp`, and their gradients scattered; `tensor` splits their hidden width and results are summed over it.
 
 No expert has a capacity, so the buffer that receives has room for the worst case, all choices of all devices of the
-axis: `X M A` rows of D on each of X devices with M tokens. What travels in it is the exchange:
+axis: `X M A` rows of D on each of X devices with M tokens, or with the M that travel at a time (`in_parts`). Memory and
+all that works on rows element by element pay for the room, products for the rows. What travels in it is the exchange:
 
 | exchange | rows that leave a device | runs on |
 | --- | --- | --- |
@@ -119,6 +120,31 @@ def routed_experts(
     return y, served
 
 
+def in_parts(
+    x: Float[Array, "M D"], chosen: Int[Array, "M A"], weights: Float[Array, "M A"], experts: Experts,
+    implementation: str, exchange: str | None, at_once: int | None,
+) -> tuple[Float[Array, "M D"], Int[Array, ""]]:
+    """`routed_experts`, with an exchange `at_once` tokens at a time, so that there need be room for no more; None for
+    all. Backward each part is computed again, for what all of them kept would take the room that is saved.
+
+    Raises:
+      ValueError: more tokens than that, which it does not divide.
+    """
+    M = len(x)
+    if exchange is None or at_once is None or M <= at_once:
+        return routed_experts(x, chosen, weights, experts, implementation, exchange)
+    if M % at_once:
+        raise ValueError(f"expert_exchange_tokens={at_once}: must divide the {M} tokens of a device, or be as many")
+    pieces = tuple(v.reshape(-1, at_once, v.shape[-1]) for v in (x, chosen, weights))
+
+    def part(piece: tuple[Array, ...]) -> tuple[Array, Array]:
+        x, chosen, weights = piece
+        return routed_experts(x, chosen, weights, experts, implementation, exchange)
+
+    y, served = lax.map(jax.checkpoint(part, prevent_cse=False), pieces)
+    return y.reshape(x.shape), jnp.sum(served)
+
+
 # ---- the axis of experts ---------------------------------------------------------------------------------------
 
 
@@ -190,19 +216,20 @@ def _elsewhere(
 
 def experts_over_mesh(
     x: Float[Array, "B T D"], chosen: Int[Array, "B T A"], weights: Float[Array, "B T A"], experts: Experts,
-    implementation: str = "auto", exchange: str = "auto",
+    implementation: str = "auto", exchange: str = "auto", at_once: int | None = None,
 ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
-    """`routed_experts` of each device's own rows, where a mesh is set; a sort is not for the partitioner, nor a kernel.
+    """`in_parts` of each device's own rows, where a mesh is set; a sort is not for the partitioner, nor a kernel.
 
     Rows are split over those of `data`, `fsdp` and `expert` that divide them, in this order, and the sequence over
     `context` where that divides it; the devices of the others hold the same tokens and compute the same.
 
     Raises:
-      ValueError: experts that do not divide over `expert`, their width over `tensor`, or the model's over `fsdp`.
+      ValueError: experts that do not divide over `expert`, their width over `tensor`, or the model's over `fsdp`;
+        tokens that `at_once` does not divide.
     """
     def local(x: Array, chosen: Array, weights: Array, experts: Any, exchange: str | None) -> tuple[Array, Array]:
         flat_x, flat_chosen, flat_weights = (v.reshape(-1, v.shape[-1]) for v in (x, chosen, weights))
-        y, served = routed_experts(flat_x, flat_chosen, flat_weights, experts, implementation, exchange)
+        y, served = in_parts(flat_x, flat_chosen, flat_weights, experts, implementation, exchange, at_once)
         return y.reshape(x.shape), served
 
     mesh = jax.sharding.get_abstract_mesh()

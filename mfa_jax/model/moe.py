@@ -52,6 +52,7 @@ class MoE(nn.Module):
     out_scale: float = 1.0
     implementation: str = "auto"
     exchange: str = "auto"
+    at_once: int | None = None
 
     @nn.compact
     def __call__(
@@ -77,7 +78,7 @@ class MoE(nn.Module):
             chosen, weights, scores = route(constrain(logits, "batch", "sequence", None), bias, c)
         with jax.named_scope("experts"):
             y, served = experts_over_mesh(x, chosen, weights.astype(self.dtype), experts, self.implementation,
-                                          self.exchange)
+                                          self.exchange, self.at_once)
         if c.shared_dim:
             y = y + SwiGLU(c.shared_dim, out_scale=self.out_scale, name="shared", **types)(x)
         counted = jnp.ones(x.shape[:2], bool) if segments is None else segments != 0

@@ -87,7 +87,8 @@ class Block(nn.Module):
             if self.has_experts:
                 assert c.moe is not None
                 y, routing = MoE(c.moe, out_scale=out_scale, implementation=c.expert_implementation,
-                                 exchange=c.expert_exchange, name="moe", **types)(normed, segments)
+                                 exchange=c.expert_exchange, at_once=c.expert_exchange_tokens, name="moe",
+                                 **types)(normed, segments)
             else:
                 y = SwiGLU(c.ffn_dim, out_scale=out_scale, name="ffn", **types)(normed)
         x = x + y

@@ -117,7 +117,7 @@ def teacher_config(config: TrainConfig, teacher: ModelConfig) -> ModelConfig:
         require(getattr(teacher, field) == getattr(model, field), f"teacher {name!r} {field}", getattr(teacher, field),
                 f"must be the student's {getattr(model, field)}{why}")
     same = {field: getattr(model, field) for field in ("dtype", "attention_implementation", "expert_implementation",
-                                                       "expert_exchange")}
+                                                       "expert_exchange", "expert_exchange_tokens")}
     return dataclasses.replace(teacher, remat="none", **same)
 
 

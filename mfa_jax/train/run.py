@@ -30,7 +30,7 @@ from mfa_jax.train.checkpoint import Checkpoints
 CONFIG, TOKENIZER, DATA, CHECKPOINTS = "config.json", "tokenizer", "data", "checkpoints"
 
 _EXECUTION = ("dtype", "remat", "unroll_layers", "attention_implementation", "decode_implementation", "decode_layout",
-              "expert_implementation", "expert_exchange")
+              "expert_implementation", "expert_exchange", "expert_exchange_tokens")
 """Fields of a model config that say how it is computed, not what it is."""
 
 
