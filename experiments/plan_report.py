@@ -54,6 +54,8 @@ class Line:
     """Of a training step."""
     unroll: bool = False
     """Whether its layers are a row, and not a loop."""
+    at_once: int | None = None
+    """Tokens of a chip that travel to their experts at a time."""
 
 
 def step3_with(attention: Any) -> ModelConfig:
@@ -97,6 +99,8 @@ LINES: Sequence[Line] = (
     Line(f"{ROW}/paper-7b-mfa-full-row", _preset("paper-7b-mfa"), "v5p:4x4x4", "fsdp=64", 256, 4096, unroll=True),
     *(Line(f"{EXPERTS}/paper-7b-mfa-{X}", _preset("paper-7b-mfa"), "v5p:4x4x4", f"fsdp={64 // X},expert={X}", 256, 4096)
       for X in (1, 4, 8)),
+    Line(f"{EXPERTS}/paper-7b-mfa-8-parts", _preset("paper-7b-mfa"), "v5p:4x4x4", "fsdp=8,expert=8", 256, 4096,
+         at_once=2048),
     *(Line(f"{EXPERTS}/step3-{X}", _step3(None), "v5p:4x4x4", f"fsdp={64 // X},expert={X}", 64, 4096)
       for X in (1, 4, 8)),
 )
@@ -108,7 +112,8 @@ def program(line: Line) -> Decoding | TrainConfig:
     if line.name.startswith(DECODE):
         return Decoding(dataclasses.replace(model, param_dtype="bfloat16"), line.rows, line.seq, "bfloat16")
     data = DataConfig(batch_size=line.rows, sequence_length=line.seq)
-    return TrainConfig(model=dataclasses.replace(model, remat=line.remat, unroll_layers=line.unroll), data=data)
+    return TrainConfig(data=data, model=dataclasses.replace(
+        model, remat=line.remat, unroll_layers=line.unroll, expert_exchange_tokens=line.at_once))
 
 
 def arguments(line: Line) -> int:
