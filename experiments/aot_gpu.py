@@ -15,6 +15,7 @@ import datetime
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -117,18 +118,18 @@ def prepare() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def h100_mesh(tensor: int = 1) -> Mesh:
-    """So many H100s on the mesh axis `tensor`.
+def h100_mesh(**sizes: int) -> Mesh:
+    """So many H100s on each of the mesh axes, one on those that are not named.
 
     Raises:
       RuntimeError: the CUDA plug-in is not installed.
     """
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="h100", target_config=_H100, topology=f"1x1x{tensor}")
+            platform="cuda", topology_name="h100", target_config=_H100, topology=f"1x1x{math.prod(sizes.values())}")
     except (RuntimeError, NotImplementedError) as error:
         raise RuntimeError("the CUDA plug-in of JAX is not there, `make aot-gpu` installs it") from error
-    return axes.make_mesh((*(1,) * (len(axes.MESH_AXES) - 1), tensor), topology.devices)
+    return axes.make_mesh([sizes.get(axis, 1) for axis in axes.MESH_AXES], topology.devices)
 
 
 def kernel(case: Case, arrays: dict[str, Any]) -> Any:

@@ -18,6 +18,9 @@ def resolve(implementation: str, platform: str) -> str:
 
     - `ragged_dot`: `jax.lax.ragged_dot`, runs anywhere. XLA has a kernel for the forward product on TPU; on CPU, and
       for the gradient of the weights on TPU too, it multiplies every row with every expert and masks: E times the work.
+      So it does on GPU, forward and backward, with E masked copies of the rows in memory: dense products in Triton,
+      `__triton_nested_gemm_fusion` (`experiments.aot_experts`, for an H100 by jax 0.12). XLA's flags for a grouped
+      kernel, `xla_gpu_experimental_use_ragged_dot_fusion` and `.._grouped_gemm`, change nothing there.
     - `megablox`: the Pallas kernels that come with JAX, on TPU; forward and both gradients work on the groups alone.
     - `megablox_interpret`: the same on any platform in the interpreter, for tests.
 
