@@ -101,8 +101,9 @@ LINES: Sequence[Line] = (
       for X in (1, 4, 8)),
     Line(f"{EXPERTS}/paper-7b-mfa-8-parts", _preset("paper-7b-mfa"), "v5p:4x4x4", "fsdp=8,expert=8", 256, 4096,
          at_once=2048),
-    *(Line(f"{EXPERTS}/step3-{X}", _step3(None), "v5p:4x4x4", f"fsdp={64 // X},expert={X}", 64, 4096)
-      for X in (1, 4, 8)),
+    *(Line(f"{EXPERTS}/step3-{X}{'' if chips == 64 else f'-{chips}'}", _step3(None), f"v5p:{shape}",
+           f"fsdp={chips // X},expert={X}", chips, 4096)
+      for chips, shape in ((64, "4x4x4"), (128, "4x4x8")) for X in (1, 4)),
 )
 
 
