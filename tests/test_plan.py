@@ -510,8 +510,31 @@ def test_a_real_decoding_loop_and_one_that_does_not_fit() -> None:
 # ---- the report ------------------------------------------------------------------------------------------------
 
 
+KEPT = ROOT / "experiments" / "results" / "plan" / "plan.json"
+
+
+@pytest.mark.parametrize(("name", "X"), [("8", 8), ("8-parts", 8)])
+def test_rows_that_travel_to_experts_are_the_closed_form(name: str, X: int) -> None:
+    """There and back: forward, computed again, backward; in parts no more and no less."""
+    found, model = json.loads(KEPT.read_text())[f"experts/paper-7b-mfa-{name}"], model_preset("paper-7b-mfa")
+    assert model.moe is not None
+    rows = found["rows"] * found["seq"] // 64 * model.moe.experts_per_token
+    sent = sum(e["bytes_sent"] for e in found["plan"]["prediction"]["exchanges"] if e["kind"] == "all-to-all")
+    assert sent == pytest.approx(6 * model.num_layers * rows * model.model_dim * 2 * (X - 1) / X, rel=1e-4)
+    title, _, row = plan_report.experts_table([found]).splitlines()
+    cells = dict(zip(title.split(" | "), row.split(" | "), strict=True))
+    assert float(cells["over expert, GB"]) == pytest.approx(sent / 1e9, rel=0.02)
+    assert float(cells["peak, GiB"]) == pytest.approx(found["plan"]["memory"]["peak"] / 2**30, abs=0.01)
+
+
+def test_a_line_that_does_not_fit_stands_in_the_table_of_experts() -> None:
+    lines = json.loads(KEPT.read_text())
+    title, _, row = plan_report.experts_table([lines["experts/step3-4"], lines["train/paper-7b-mfa"]]).splitlines()
+    assert "does not fit, asks for 109.8" in row and row.count("|") == title.count("|")
+
+
 def test_a_line_of_other_arguments_is_superseded_and_marked() -> None:
-    lines = json.loads((ROOT / "experiments" / "results" / "plan" / "plan.json").read_text())
+    lines = json.loads(KEPT.read_text())
     found = lines["train/paper-7b-mfa"]
     nbytes = found["plan"]["memory"]["arguments"]
     assert not plan_report.superseded(found, round(nbytes / 1.0005))
