@@ -513,7 +513,7 @@ def test_a_real_decoding_loop_and_one_that_does_not_fit() -> None:
 KEPT = ROOT / "experiments" / "results" / "plan" / "plan.json"
 
 
-@pytest.mark.parametrize(("name", "X"), [("8", 8), ("8-parts", 8)])
+@pytest.mark.parametrize(("name", "X"), [("4", 4), ("8", 8), ("8-parts", 8)])
 def test_rows_that_travel_to_experts_are_the_closed_form(name: str, X: int) -> None:
     """There and back: forward, computed again, backward; in parts no more and no less."""
     found, model = json.loads(KEPT.read_text())[f"experts/paper-7b-mfa-{name}"], model_preset("paper-7b-mfa")
