@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -30,12 +31,17 @@ from mfa_jax.presets import model_preset
 from mfa_jax.train.compiling import memory_of
 
 
+_KERNEL = 'custom_call_target="mosaic_gpu'
+
+
 @dataclasses.dataclass(frozen=True)
 class AotExpertsConfig:
     """Which steps are compiled."""
 
     model: str = "small-mfa-moe"
     """A preset with experts."""
+    experts: tuple[Literal["ragged_dot", "mosaic_gpu"], ...] = ("ragged_dot", "mosaic_gpu")
+    """Implementations of the grouped product, see `mfa_jax.model.grouped.resolve`."""
     gpus: tuple[int, ...] = (1, 4)
     """H100s of each program, all of them on the mesh axis `expert`."""
     rows: int = 8
@@ -54,17 +60,35 @@ class AotExpertsConfig:
             require(gpus >= 1, "gpus", gpus, "must be at least 1")
 
 
-def grouped(module: hlo.Module, costs: Costs) -> dict[str, Any]:
-    """What computes the grouped products of a program and their gradients, how often, and the FLOPs of all."""
-    instructions = {name: each for home in module.computations.values() for name, each in home.instructions.items()}
+def grouped(module: hlo.Module, costs: Costs, gpus: int = 1) -> dict[str, Any]:
+    """What computes the grouped products of a program and their gradients, how often, and the FLOPs of all.
+
+    Args:
+      gpus: that experts are split over: a balanced router fills one in so many of the rows that there is room for, and
+        a kernel works on those that are there.
+    """
+    places = {name: (home, each) for home in module.computations.values() for name, each in home.instructions.items()}
     names: collections.Counter[str] = collections.Counter()
     flops = 0.0
     for work in costs.work:
-        if work.flops and "ragged_dot" in (attributes := instructions[work.name].attributes):
-            kind = re.search(r'"kind":"([^"]*)"|custom_call_target="([^"]*)"', attributes)
-            names[next(filter(None, kind.groups())) if kind else instructions[work.name].opcode] += work.times
+        if work.collective is not None:
+            continue
+        home, instruction = places[work.name]
+        if _KERNEL in instruction.attributes:
+            names["mosaic_gpu"] += work.times
+            flops += _flops_of_kernel(home, instruction) / gpus * work.times
+        elif work.flops and "ragged_dot" in instruction.attributes:
+            kind = re.search(r'"kind":"([^"]*)"|custom_call_target="([^"]*)"', instruction.attributes)
+            names[next(filter(None, kind.groups())) if kind else instruction.opcode] += work.times
             flops += work.flops * work.times
     return {"kernels": dict(names.most_common()), "flops": flops}
+
+
+def _flops_of_kernel(home: hlo.Computation, call: hlo.Instruction) -> float:
+    """Of a grouped product or one of its gradients: rows with the matrix of their group, or the two of a row."""
+    arrays = [shape for shapes in (*home.operand_shapes(call), call.shapes) for shape in shapes]
+    rows, groups = (next(x for x in arrays if len(x.dims) == rank) for rank in (2, 3))
+    return 2.0 * rows.dims[0] * groups.dims[1] * groups.dims[2]
 
 
 def wanted_flops(model: ModelConfig, tokens: int) -> float:
@@ -85,9 +109,12 @@ def exchanged(costs: Costs) -> dict[str, float]:
     return dict(found.most_common())
 
 
-def compile_step(config: AotExpertsConfig, gpus: int) -> dict[str, Any]:
+def compile_step(
+    config: AotExpertsConfig, experts: Literal["ragged_dot", "mosaic_gpu"], gpus: int
+) -> dict[str, Any]:
     """One line of output."""
-    model = dataclasses.replace(model_preset(config.model), dtype="bfloat16", attention_implementation="cudnn")
+    model = dataclasses.replace(model_preset(config.model), dtype="bfloat16", attention_implementation="cudnn",
+                                expert_implementation=experts)
     train = TrainConfig(model=model, optimizer=OPTIMIZER, data=DataConfig(
         batch_size=config.rows * gpus, sequence_length=config.seq, separate_documents=False))
     start = time.perf_counter()
@@ -95,8 +122,8 @@ def compile_step(config: AotExpertsConfig, gpus: int) -> dict[str, Any]:
     seconds, text = time.perf_counter() - start, program.as_text()
     module = hlo.parse(text)
     costs, moved = count(module), aot_step.moved(text)
-    products, wanted = grouped(module, costs), wanted_flops(model, config.rows * config.seq)
-    return {"model": config.model, "gpus": gpus, "rows": train.data.batch_size, "seq": config.seq,
+    products, wanted = grouped(module, costs, gpus), wanted_flops(model, config.rows * config.seq)
+    return {"model": config.model, "experts": experts, "gpus": gpus, "rows": train.data.batch_size, "seq": config.seq,
             "compile_seconds": round(seconds, 1),
             **{f"{part}_bytes": size for part, size in dataclasses.asdict(memory_of(program)).items()},
             "moved_bytes": sum(moved.values()), "moved": moved, "grouped": products,
@@ -108,8 +135,8 @@ def main(config: AotExpertsConfig) -> None:
     aot_gpu.prepare()
     aot_step.as_if_on_hopper()
     lines = []
-    for gpus in config.gpus:
-        lines.append(compile_step(config, gpus))
+    for experts, gpus in itertools.product(config.experts, config.gpus):
+        lines.append(compile_step(config, experts, gpus))
         print(json.dumps(lines[-1]), flush=True)
     if config.output is not None:
         Path(config.output).write_text(json.dumps({"jax": jax.__version__, "steps": lines}, indent=1) + "\n")

@@ -31,6 +31,10 @@ ENTRY %main (rows: bf16[4,16], w: bf16[16,6], v: bf16[6,6]) -> bf16[4,6] {
   %v = bf16[6,6]{1,0} parameter(2)
   %product = bf16[4,6]{1,0} fusion(%rows, %w), kind=kCustom, calls=%product_computation, metadata={op_name="jit(step)/experts/ragged_dot_general"}, backend_config={"fusion_backend_config":{"kind":"__triton_gemm"}}
   %sent = ((bf16[4,6]{1,0}, bf16[8,6]{1,0:S(7)}, s64[2]{0}, s64[2]{0}, s64[2]{0}, s64[2]{0}), bf16[8,6]{1,0:S(7)}) ragged-all-to-all-start(%product, %product), replica_groups={{0,1}}
+  %n = s32[2]{0} constant({2,2})
+  %weights = bf16[2,6,8]{2,1,0} broadcast(%v), dimensions={0}
+  %kernel = bf16[4,8]{1,0} custom-call(%n, %product, %weights), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(step)/experts/body"}
+  %gradient = bf16[2,6,8]{2,1,0} custom-call(%n, %n, %product, %kernel), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(step)/experts/body"}
   ROOT %other = bf16[4,6]{1,0} dot(%product, %v), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(step)/attention/dot_general"}
 }
 """
@@ -39,7 +43,10 @@ ENTRY %main (rows: bf16[4,16], w: bf16[16,6], v: bf16[6,6]) -> bf16[4,6] {
 def test_products_of_experts_are_told_from_others() -> None:
     module = hlo.parse(PROGRAM)
     counted = costs.count(module)
-    assert aot_experts.grouped(module, counted) == {"kernels": {"__triton_gemm": 1}, "flops": 2 * 4 * 16 * 6}
+    masked, of_kernels = 2 * 4 * 16 * 6, 2 * (2 * 4 * 6 * 8)
+    for gpus in (1, 2):
+        assert aot_experts.grouped(module, counted, gpus) == {
+            "kernels": {"mosaic_gpu": 2, "__triton_gemm": 1}, "flops": masked + of_kernels / gpus}
     assert aot_experts.exchanged(counted) == {"all-to-all": 4 * 6 * 2 // 2}
 
 
@@ -58,21 +65,28 @@ def test_a_model_without_experts_is_named() -> None:
         aot_experts.AotExpertsConfig(gpus=(1, 0))
 
 
-def require_masked_products(steps: list[dict], seq: int, rows: int) -> None:
-    """Each row meets every expert, whether they are on one GPU or split; what travels is what is routed."""
-    assert [step["gpus"] > 1 for step in steps] == [False, True]
+def require_products(steps: list[dict], seq: int, rows: int) -> None:
+    """By XLA each row meets every expert, whether they are on one GPU or split; by the kernels its own, of padded
+    widths. What travels is what is routed."""
+    assert [(step["experts"], step["gpus"] > 1) for step in steps] == [
+        (name, split) for name in ("ragged_dot", "mosaic_gpu") for split in (False, True)]
     for step in steps:
         model, X = model_preset(step["model"]), step["gpus"]
         assert model.moe is not None
-        assert step["grouped_flops_over_wanted"] == model.moe.num_experts
-        sent = 4 * (model.num_layers - 1) * rows * seq * model.moe.experts_per_token * model.model_dim * 2 * (X - 1) / X
+        D, F = model.model_dim, model.moe.expert_dim
+        padding = (-(-D // 64) * 64) * (-(-F // 64) * 64) / (D * F)
+        by_kernels = step["experts"] == "mosaic_gpu"
+        expected = padding if by_kernels else model.moe.num_experts
+        assert step["grouped_flops_over_wanted"] == pytest.approx(expected, abs=0.01)
+        assert (list(step["grouped"]["kernels"]) == ["mosaic_gpu"]) == by_kernels
+        sent = 4 * (model.num_layers - 1) * rows * seq * model.moe.experts_per_token * D * 2 * (X - 1) / X
         assert (step["ragged_exchanges"] > 0) == (X > 1)
         assert step["sent"].get("all-to-all", 0) == pytest.approx(sent, rel=1e-3), "there and back, twice"
 
 
 def test_the_steps_that_are_kept() -> None:
     """`experiments.aot_experts --output experiments/results/gpu/experts.json` writes them anew."""
-    require_masked_products(KEPT, seq=4096, rows=8)
+    require_products(KEPT, seq=4096, rows=8)
 
 
 @pytest.mark.slow
@@ -82,4 +96,4 @@ def test_a_step_compiles_for_one_h100_and_for_two() -> None:
                            "--rows", "2", "--seq", "256"], cwd=ROOT, capture_output=True, text=True, timeout=900,
                           env={**os.environ})
     assert done.returncode == 0, done.stderr
-    require_masked_products([json.loads(line) for line in done.stdout.splitlines()], seq=256, rows=2)
+    require_products([json.loads(line) for line in done.stdout.splitlines()], seq=256, rows=2)

@@ -59,7 +59,7 @@ class ModelConfig:
     """Attention of decoding, by name; auto resolves by device and shape, `kernels.resolve` says to what."""
     decode_layout: Literal["auto", "heads", "batch", "sequence"] = "auto"
     """What the tensor axis of a mesh splits of a cache; `kernels.sharded.choose` says what auto takes."""
-    expert_implementation: Literal["auto", "ragged_dot", "megablox", "megablox_interpret"] = "auto"
+    expert_implementation: Literal["auto", "ragged_dot", "megablox", "megablox_interpret", "mosaic_gpu"] = "auto"
     """Grouped matrix product of the experts, by name; auto resolves by device, `grouped.resolve` says to what."""
     expert_exchange: Literal["auto", "ragged", "padded"] = "auto"
     """How tokens travel over the mesh axis `expert`; auto resolves by device, `dispatch.resolve_exchange` says."""

@@ -74,12 +74,14 @@ def load_trained(
 
 def _for_any_call(model: ModelConfig) -> ModelConfig:
     """The model without kernels that were named for training: they serve no cache, or not on this device."""
-    platform, changes = default_device().platform, dict[str, Any]()
+    device, changes = default_device(), dict[str, Any]()
     if model.attention_implementation not in ANY_CALL:
         changes["attention_implementation"] = "auto"
-    for name, resolve in (("expert_implementation", grouped.resolve), ("expert_exchange", dispatch.resolve_exchange)):
+    serves = {"expert_implementation": lambda name: grouped.resolve(name, device.platform, device.compute_capability),
+              "expert_exchange": lambda name: dispatch.resolve_exchange(name, device.platform)}
+    for name, resolve in serves.items():
         try:
-            resolve(getattr(model, name), platform)
+            resolve(getattr(model, name))
         except NotImplementedError:
             changes[name] = "auto"
     return dataclasses.replace(model, **changes)

@@ -212,7 +212,8 @@ def describe(config: TrainConfig, mesh: Mesh) -> str:
         implementation=model.attention_implementation))
     if model.moe is not None:
         active = f" ({count.active:,} active)"
-        how.append(f"experts by {grouped.resolve(model.expert_implementation, device.platform)}")
+        capability = float(getattr(device, "compute_capability", 0))
+        how.append(f"experts by {grouped.resolve(model.expert_implementation, device.platform, capability)}")
         if mesh.shape["expert"] > 1:
             how.append(f"{dispatch.resolve_exchange(model.expert_exchange, device.platform)} exchange")
     where = ", ".join([f"{mesh.size} x {device.device_kind}",
