@@ -30,10 +30,10 @@ test: $(VENV)/.test $(VENV)/.libtpu
 test-fast: $(VENV)/.test $(VENV)/.libtpu
 	$(PYTEST) -m "not slow"
 
-# What only a newer JAX can show of the GPU kernel: all of its interpreter, alone and in a model, and its compilation
-# for an H100.
+# What only a newer JAX can show of GPU kernels: all of their interpreter, alone and in a model, and their compilation
+# for an H100, with that of a training step of experts.
 test-gpu-kernel: $(VENV)/.test $(VENV)/.cuda
-	$(PYTEST) -m slow tests/test_mosaic_gpu.py tests/test_contract_gpu.py
+	$(PYTEST) -m slow tests/test_mosaic_gpu.py tests/test_contract_gpu.py tests/test_grouped_gpu.py tests/test_aot_experts.py
 
 lint: $(VENV)/.test
 	$(BIN)/python -m ruff check .

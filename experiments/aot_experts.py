@@ -30,7 +30,6 @@ from mfa_jax.plan.costs import Costs, count
 from mfa_jax.presets import model_preset
 from mfa_jax.train.compiling import memory_of
 
-
 _KERNEL = 'custom_call_target="mosaic_gpu'
 
 

@@ -14,6 +14,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu
 
+from experiments import bench_experts
+from experiments.bench_experts import BenchExpertsConfig
 from mfa_jax.kernels import Device
 from mfa_jax.model import grouped
 from mfa_jax.model.grouped import grouped_matmul, resolve
@@ -36,7 +38,9 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 # Groups that end on a tile of 128 rows, one before it and one behind it; empty ones; rows that no group has.
 @needs_interpreter
-@pytest.mark.parametrize("sizes", [[127, 1, 129, 43], [128, 0, 128, 44], [0, 0, 300, 0], [5, 100, 0, 60]], ids=str)
+@pytest.mark.parametrize("sizes", [
+    [127, 1, 129, 43], *(pytest.param(sizes, marks=pytest.mark.slow)
+                         for sizes in ([128, 0, 128, 44], [0, 0, 300, 0], [5, 100, 0, 60]))], ids=str)
 def test_the_kernels_equal_ragged_dot_and_its_gradients(sizes: list[int], on_hopper: None) -> None:
     """Of rows and widths that no tile divides; what no group has is NaN, and shows nowhere."""
     count, D, F = 300, 72, 136
@@ -71,3 +75,33 @@ def test_where_the_kernels_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "default_device", lambda: H100)
     with pytest.raises(NotImplementedError, match="bfloat16 or of float16, not float32 and float32"):
         grouped_matmul(jnp.ones((2, 2)), jnp.ones((1, 2, 2)), jnp.array([2]), "mosaic_gpu")
+
+
+# ---- the benchmark ---------------------------------------------------------------------------------------------
+
+TINY = BenchExpertsConfig(model="tiny-mfa-moe", rows=96, repeats=1)
+
+
+@pytest.mark.slow
+@needs_interpreter
+def test_the_benchmark_times_what_serves_after_a_check(on_hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_experts, "default_device", lambda: H100)
+    record = bench_experts.measure(TINY)
+    assert record["auto"] == "ragged_dot"
+    even, skewed = record["points"]
+    assert sum(even["sizes"]) == sum(skewed["sizes"]) == 90 and min(skewed["sizes"]) == 0 < min(even["sizes"])
+    for point in (even, skewed):
+        assert list(point["ratio"]) == ["ragged_dot", "mosaic_gpu"] and point["ratio"]["ragged_dot"] == 1
+        assert 0 < point["error"]["mosaic_gpu"] < 1e-2
+    assert bench_experts.to_table(record).row_count == 2
+
+
+def test_a_product_of_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(bench_experts.sides()) == ["ragged_dot"], "what serves on a CPU"
+    monkeypatch.setattr(bench_experts, "sides", lambda: {
+        "mosaic_gpu": lambda *given: jax.tree.map(lambda x: 1.1 * jnp.nan_to_num(x),
+                                                  bench_experts.with_gradients("ragged_dot")(*given))})
+    with pytest.raises(ValueError, match="mosaic_gpu.error=.*computes something else"):
+        bench_experts.measure(TINY)
+    with pytest.raises(ValueError, match="model='tiny-mfa': must have experts"):
+        BenchExpertsConfig(model="tiny-mfa")
