@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 from collections.abc import Iterator
@@ -32,6 +33,17 @@ install_import_hook("mfa_jax", "shapecheck.typechecked")
 # The same examples in every run, and no deadline: the first example of a test pays for compilation.
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def keeps_few_programs() -> Iterator[None]:
+    """Each compiled program takes some ten mappings of memory. Where a process has as many as the system lets it have
+    (`vm.max_map_count`), XLA dies of the next one: a worker of this suite, after some 1300 tests."""
+    yield
+    limit, mapped = Path("/proc/sys/vm/max_map_count"), Path("/proc/self/maps")
+    if limit.exists() and mapped.read_bytes().count(b"\n") > int(limit.read_text()) / 2:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
