@@ -244,9 +244,10 @@ def test_a_state_of_the_first_version_has_no_digest_and_goes_on(corpus: Path, tm
 
 @pytest.mark.parametrize("change", [
     {"attention_implementation": "splash"}, {"attention_implementation": "cudnn"},
-    {"attention_implementation": "context"}, {"expert_implementation": "megablox", "expert_exchange": "ragged"}])
+    {"attention_implementation": "context"}, {"expert_implementation": "megablox", "expert_exchange": "ragged"},
+    {"expert_implementation": "mosaic_gpu", "expert_exchange": "ragged", "expert_exchange_tokens": 2}])
 def test_a_run_trained_with_a_kernel_of_another_device_is_read_and_decoded(
-        corpus: Path, tmp_path: Path, change: dict[str, str]) -> None:  # noqa: F811
+        corpus: Path, tmp_path: Path, change: dict[str, Any]) -> None:  # noqa: F811
     config = config_for(tmp_path, corpus, steps=1, eval_every=0)
     moe = dataclasses.replace(MOE, layers=(1,)) if "expert_exchange" in change else None
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
@@ -262,3 +263,4 @@ def test_a_run_trained_with_a_kernel_of_another_device_is_read_and_decoded(
                    jax.random.key(0), max_new_tokens=3)
     assert out.tokens.shape[0] == 1
     assert trained.config.model == named.model and model_config("mfa").attention == trained.model.config.attention
+    assert trained.model.config.expert_exchange_tokens is None, "which divides the tokens of a training step"

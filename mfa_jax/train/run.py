@@ -51,7 +51,7 @@ def load_trained(
     workdir: str | Path, *, step: int | None = None, ema: bool = False, mesh: Mesh | None = None
 ) -> Trained:
     """The newest intact checkpoint of a run (or that of `step`), its parameters placed on `mesh`. Nothing is changed
-    but kernels that were named for training and can't serve here: they become `auto`.
+    but kernels that were named for training and can't serve here, which become `auto`, and tokens to experts in parts.
 
     Args:
       ema: read the moving average of the weights in place of the weights.
@@ -73,8 +73,9 @@ def load_trained(
 
 
 def _for_any_call(model: ModelConfig) -> ModelConfig:
-    """The model without kernels that were named for training: they serve no cache, or not on this device."""
-    device, changes = default_device(), dict[str, Any]()
+    """The model without what was named for training: kernels serve no cache, or not on this device, and a number of
+    tokens divides those of a training step."""
+    device, changes = default_device(), dict[str, Any](expert_exchange_tokens=None)
     if model.attention_implementation not in ANY_CALL:
         changes["attention_implementation"] = "auto"
     serves = {"expert_implementation": lambda name: grouped.resolve(name, device.platform, device.compute_capability),
